@@ -1,0 +1,166 @@
+"""Train the bundled model: a plain timm ViT on Fashion-MNIST.
+
+    python benchmarks/train_bundled.py --out runs/fashion            # starts, or goes on from the last checkpoint
+    python benchmarks/train_bundled.py --out runs/fashion --install  # also writes it into the package
+
+Everything random comes from --seed. A checkpoint is written aside and renamed after every epoch, so a killed run
+(kill -9 included) goes on from the last whole epoch with the same random numbers. Half of the patches are left out
+while training (PatchDropout, Liu et al. 2023), which halves the cost and makes the model tolerant of missing tokens;
+the last eighth of the epochs sees all of them. Attention starts as in "Mimetic Initialization of Self-Attention Layers"
+(Trockman & Kolter, 2023), which small vision transformers need when they are trained from scratch on few pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from safetensors.torch import save_file
+from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
+
+from vitreous.data.fashion import fashion_arrays
+from vitreous.models.bundled import MEAN, STD, WEIGHTS, vit_fashion
+
+
+def augment(x: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Tensor:
+    """Shift each `[B, 1, 28, 28]` picture by up to `shift` pixels and mirror half of them."""
+    b, _, h, w = x.shape
+    grid = F.pad(x, [shift] * 4, value=float(x.min())).unfold(2, h, 1).unfold(3, w, 1)  # [B, 1, 2s+1, 2s+1, h, w]
+    where = torch.randint(0, 2 * shift + 1, (2, b), generator=generator).to(x.device)
+    x = grid[torch.arange(b, device=x.device), :, where[0], where[1]]
+    flip = (torch.rand(b, generator=generator) < 0.5).to(x.device)
+    return torch.where(flip[:, None, None, None], x.flip(-1), x)
+
+
+@torch.no_grad()
+def mimetic(model: VisionTransformer, alpha: float = 0.7, beta: float = 0.7, alpha_v: float = 0.4, beta_v: float = 0.4) -> None:
+    """Start with W_q W_kᵀ ≈ αZ + βI in each head, W_v W_proj ≈ αZ − βI, and sinusoidal position embeddings."""
+    for block in model.blocks:
+        d, heads = block.attn.qkv.in_features, block.attn.num_heads
+        k, eye = d // heads, torch.eye(d)
+        wq, wk, wv = block.attn.qkv.weight.chunk(3)
+        for h in range(heads):
+            u, s, v = torch.linalg.svd(alpha * torch.randn(d, d) / d**0.5 + beta * eye)
+            rows, root = slice(h * k, (h + 1) * k), s[:k].sqrt()[:, None]
+            wq[rows], wk[rows] = root * u[:, :k].T, root * v[:k]
+        u, s, v = torch.linalg.svd(alpha_v * torch.randn(d, d) / d**0.5 - beta_v * eye)
+        wv.copy_(s.sqrt()[:, None] * v)
+        block.attn.proj.weight.copy_(u * s.sqrt())
+    side = model.patch_embed.grid_size[0]
+    half = model.embed_dim // 4
+    angle = torch.arange(side)[:, None] / 100 ** (torch.arange(half) / half)  # [side, half]
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, 2·half]
+    grid = torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], 2).flatten(0, 1)
+    model.pos_embed[:, 1:] = 0.5 * grid
+
+
+def checkpoint(path: Path, **state: object) -> None:
+    aside = path.with_suffix(".part")
+    torch.save(state, aside)
+    os.replace(aside, path)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("runs/fashion"))
+    p.add_argument("--data", type=Path, default=None, help="folder with the four IDX files")
+    p.add_argument("--epochs", type=int, default=16)
+    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--lr", type=float, default=8e-4)
+    p.add_argument("--decay", type=float, default=0.05)
+    p.add_argument("--drop", type=float, default=0.5, help="share of patches left out but for the last eighth")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--install", action="store_true", help="write the weights into the package when done")
+    a = p.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(a.seed)
+    device = torch.device(a.device)
+    data = {}
+    for split in ("train", "test"):
+        images, labels = fashion_arrays(split, a.data)
+        x = (torch.from_numpy(images.copy()).float()[:, None] / 255 - MEAN[0]) / STD[0]
+        data[split] = x.to(device), torch.from_numpy(labels.copy()).long().to(device)
+    x, y = data["train"]
+    steps = len(x) // a.batch
+
+    model = vit_fashion(patch_drop_rate=a.drop)
+    mimetic(model)
+    model.to(device)
+    plain = [q for q in model.parameters() if q.ndim < 2 or q.shape[0] == 1]
+    rest = [q for q in model.parameters() if q.ndim >= 2 and q.shape[0] != 1]
+    groups = [{"params": rest}, {"params": plain, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=a.lr, weight_decay=a.decay, betas=(0.9, 0.98))
+    total, warm = a.epochs * steps, steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min(1, (i + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1, i / total)))
+    )
+    last = a.out / "last.pt"
+    first = 0
+    if last.exists():
+        state = torch.load(last, weights_only=True, map_location=device)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["epoch"]
+    log = a.out / "log.jsonl"
+    kept = log.read_text().splitlines()[:first] if log.exists() else []
+
+    with Progress() as bar:
+        task = bar.add_task("training", total=total, completed=first * steps)
+        for epoch in range(first, a.epochs):
+            began = time.time()
+            g = torch.Generator().manual_seed(a.seed * 100_003 + epoch)
+            torch.manual_seed(a.seed * 100_003 + epoch)
+            all_patches = epoch >= a.epochs - max(1, a.epochs // 8)
+            if isinstance(model.patch_drop, PatchDropout):
+                model.patch_drop.prob = 0.0 if all_patches else a.drop
+            model.train()
+            order = torch.randperm(len(x), generator=g).to(device)
+            loss_sum = torch.zeros((), device=device)
+            for i in range(steps):
+                pick = order[i * a.batch : (i + 1) * a.batch]
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    out = model(augment(x[pick], 1, g))
+                loss = F.cross_entropy(out.float(), y[pick], label_smoothing=0.1)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                schedule.step()
+                loss_sum += loss.detach()
+                bar.update(task, advance=1)
+            model.eval()
+            with torch.inference_mode():
+                right = sum(int((model(u).argmax(1) == v).sum()) for u, v in zip(*(t.split(500) for t in data["test"]), strict=True))
+            row = {
+                "epoch": epoch + 1,
+                "loss": round(float(loss_sum) / steps, 4),
+                "test_accuracy": right / len(data["test"][0]),
+                "seconds": round(time.time() - began, 1),
+            }
+            kept.append(json.dumps(row))
+            bar.console.print(kept[-1])
+            log.with_suffix(".part").write_text("\n".join(kept) + "\n")
+            os.replace(log.with_suffix(".part"), log)
+            checkpoint(last, epoch=epoch + 1, model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
+
+    half = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
+    target = a.out / "model.safetensors"
+    save_file(half, target)
+    if a.install:
+        WEIGHTS.parent.mkdir(exist_ok=True)
+        save_file(half, WEIGHTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Opening data sets: the bundled sample, folders of class folders, Fashion-MNIST, CIFAR-10."""
+
+from .folder import Skipped
+from .sets import Data, calibration, open_data
+
+__all__ = ["Data", "Skipped", "calibration", "open_data"]

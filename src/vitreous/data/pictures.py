@@ -1,0 +1,73 @@
+"""Reading one picture file, whatever is in it, into 8-bit RGB or grey."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 100  # beyond it, a resize of the shorter side would make millions of columns
+
+# Only formats that decode in this process: EPS, for one, would start another program on the file.
+Image.init()
+WANTED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = [f for f in WANTED if f in Image.OPEN]
+
+
+class Unreadable(Exception):
+    """A file that cannot be used as a picture; the message is the reason, fit for a list."""
+
+
+def read_picture(path: Path, probe: bool = False) -> Image.Image:
+    """The picture at `path`, upright (EXIF), in mode `RGB` or `L`, 8 bits a channel.
+
+    16-bit grey is scaled (÷ 257), transparency laid on white; of an animation the first frame is taken. With `probe`
+    every byte is still read, but a JPEG is decoded at an eighth of its size: enough to learn whether it is whole.
+    Raises `Unreadable` with the reason.
+    """
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise Unreadable("not a regular file")
+        if info.st_size == 0:
+            raise Unreadable("empty file (0 bytes)")
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Unreadable(f"{width} x {height} pixels: over {MAX_PIXELS // 10**6} megapixels, not decoded")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise Unreadable(f"{width} x {height} pixels: longer than {MAX_ASPECT} times its width")
+            if probe:
+                image.draft(None, (1, 1))
+            image.load()
+            return to_8_bit(ImageOps.exif_transpose(image))
+    except Unreadable:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Unreadable(f"over {MAX_PIXELS // 10**6} megapixels, not decoded (decompression bomb)") from error
+    except UnidentifiedImageError as error:
+        raise Unreadable("not a picture in a known format") from error
+    except FileNotFoundError as error:
+        raise Unreadable("broken link" if path.is_symlink() else "no such file") from error
+    except Exception as error:  # Pillow's decoders raise nearly every built-in kind on damaged files
+        raise Unreadable(
+            f"cannot be read: {getattr(error, 'strerror', None) or error or type(error).__name__}"
+        ) from error
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """`image`, of any mode that a file can have, in mode `RGB` or `L`. Raises `Unreadable` where the scale is unknown."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise Unreadable("32-bit pixels outside 0 to 65535, whose scale is unknown")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise Unreadable("floating-point pixels, whose scale is unknown")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")

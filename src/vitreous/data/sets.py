@@ -1,0 +1,267 @@
+"""`open_data` and `calibration`: one way to every data set."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
+
+from ..errors import VitreousError, nearest
+from .fashion import CLASSES, fashion_arrays, sample_arrays
+from .folder import Skipped, list_files, readable
+from .pictures import Unreadable, read_picture
+from .transform import Preparation, preparation
+
+NAMES = ("sample", "fashion-mnist", "cifar10")
+CACHE = Path("~/.cache/torchvision")
+
+Transform = Callable[[Image.Image], torch.Tensor]
+Progress = Callable[[int, int], None]
+
+
+class Data:
+    """Labelled pictures, ready for one model; made by `open_data`.
+
+    `name` of the source; `classes` by label; `labels [N]` int64; `skipped`, the files left out and why; `note`, a
+    sentence for the report where the figures need a caution, else empty. Pictures are opened when they are asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: Sequence[str],
+        labels: np.ndarray,
+        read: Callable[[int], Image.Image],
+        prepare: Preparation,
+        skipped: Sequence[Skipped] = (),
+        note: str = "",
+    ) -> None:
+        self.name = name
+        self.classes = tuple(classes)
+        self.labels = np.asarray(labels, np.int64)
+        self.skipped = list(skipped)
+        self.note = note
+        self._read = read
+        self._prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Data({self.name!r}, {len(self)} images, {len(self.classes)} classes, {len(self.skipped)} skipped)"
+
+    def picture(self, i: int) -> Image.Image:
+        """Picture `i` for people: resized and cropped as the model sees it, so that heatmaps lie on it, 8-bit RGB or L."""
+        return self._prepare.view(self._whole(i))
+
+    def tensor(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """The pictures at `indices` as `[n, C, H, W]` float32. Raises `VitreousError` if a file went bad since opening."""
+        return torch.stack([self._prepare.to_tensor(self._whole(int(i))) for i in indices])
+
+    def batches(self, size: int = 64, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The first `limit` pictures (all when None) as `(x [B, C, H, W] float32, y [B] int64)`, always in the same order."""
+        end = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, end, size):
+            stop = min(start + size, end)
+            yield self.tensor(range(start, stop)), torch.from_numpy(self.labels[start:stop].copy())
+
+    def _whole(self, i: int) -> Image.Image:
+        try:
+            return self._read(i).convert(self._prepare.mode)
+        except Unreadable as reason:
+            raise VitreousError(f"image {i} of {self.name} could be read at opening, but no more: {reason}") from reason
+
+
+def open_data(
+    source: str | Path,
+    model: Any = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    download: bool = False,
+    root: str | Path | None = None,
+    transform: Transform | None = None,
+    progress: Progress | None = None,
+) -> Data:
+    """Labelled test pictures from `source`, prepared as `model` (by default the bundled model) wants them.
+
+    `source` is "sample" (the first 1,000 test pictures of Fashion-MNIST, in the package), "fashion-mnist" or "cifar10"
+    (the official test split), or a folder: one folder a class, or a root with `train` and `test` or `val` parts made of
+    such class folders, of which `test` (else `val`) is opened. A name wins over a folder; `./sample` means the folder.
+
+    - `limit`: the first so many pictures. A folder comes in an order drawn from `seed`, so that any beginning of it
+      is a fair sample; the official splits keep their own order.
+    - `download`: fetch an official set through torchvision where there is no local copy; `root` is the folder where
+      torchvision keeps it (by default, the usual places).
+    - `transform`: picture to `[C, H, W]` tensor, instead of the one in `model.pretrained_cfg`.
+    - `progress(done, total)`: called while the files of a folder are checked.
+
+    Every file of a folder is decoded once, so that `skipped` is known; with `limit`, only until there are enough.
+    Class folders named by WordNet ids get ImageNet's labels when the model has its 1,000 logits. Raises `VitreousError`
+    for an unknown name, a missing, empty or unreadable folder, fewer than two classes or more than the model has
+    logits. A model without classes (`num_classes` 0) may be given a flat folder of images.
+    """
+    _at_least_one("limit", limit)
+    prepare = preparation(model, transform)
+    logits = getattr(model, "num_classes", None)
+    logits = logits if isinstance(logits, int) else None
+    folder = _folder(source)
+    if folder is None:
+        classes, images, labels = _arrays(str(source), "test", download, root)
+        images, labels = images[:limit], labels[:limit]
+        note = _check_classes(str(source), classes, logits)
+        return Data(str(source), classes, labels, lambda i: Image.fromarray(images[i]), prepare, note=note)
+
+    listing = list_files(folder, "test", need_classes=logits != 0)
+    classes, labels = listing.classes, listing.labels
+    if logits == 1000 and set(classes) <= set(ids := ImageNetInfo().label_names()):
+        labels = np.array([ids.index(c) for c in classes])[labels]
+        classes = tuple(ImageNetInfo().label_descriptions())
+    note = _check_classes(str(source), classes, logits)
+    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    good, skipped = readable(listing, order, limit, progress)
+    labels = labels[good]
+    if limit is None and logits != 0 and len(set(labels.tolist())) < 2:
+        raise VitreousError(
+            f"only the class '{classes[labels[0]]}' in {listing.folder} has readable images: accuracy over one class "
+            f"says nothing; {len(skipped)} files were skipped, the first {skipped[0].path} ({skipped[0].reason})"
+        )
+    return Data(str(source), classes, labels, lambda i: read_picture(listing.paths[good[i]]), prepare, skipped, note)
+
+
+def calibration(
+    source: str | Path,
+    model: Any = None,
+    n: int = 128,
+    seed: int = 0,
+    *,
+    download: bool = False,
+    root: str | Path | None = None,
+    transform: Transform | None = None,
+) -> torch.Tensor:
+    """`n` pictures `[n, C, H, W]` float32 to calibrate on, drawn by `seed`, as evenly over the classes as they allow.
+
+    They come from the train part wherever the source has one, so never from the pictures that `open_data` gives; a
+    folder without parts has only the one kind, and then they do overlap. Labels are not used, so one class or a flat
+    folder will do. Unreadable files are passed over. The other arguments and errors are those of `open_data`; fewer
+    than `n` readable pictures is an error too.
+    """
+    _at_least_one("n", n)
+    prepare = preparation(model, transform)
+    folder = _folder(source)
+    if folder is None:
+        classes, images, labels = _arrays(str(source), "train", download, root)
+        good = balanced_order(labels, seed)[:n]
+        data = Data(str(source), classes, labels[good], lambda i: Image.fromarray(images[good[i]]), prepare)
+    else:
+        listing = list_files(folder, "train", need_classes=False)
+        good, skipped = readable(listing, balanced_order(listing.labels, seed), n)
+        labels = listing.labels[good]
+        data = Data(
+            str(source), listing.classes, labels, lambda i: read_picture(listing.paths[good[i]]), prepare, skipped
+        )
+    if len(data) < n:
+        raise VitreousError(f"{source} has {len(data)} images to calibrate on, not {n}: ask for at most {len(data)}")
+    return data.tensor(range(n))
+
+
+def balanced_order(labels: np.ndarray, seed: int) -> list[int]:
+    """All indices of `labels [N]`, drawn by `seed` so that any beginning holds the classes as evenly as they allow."""
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.empty(len(labels), np.int64)  # how many of its own class stand before each
+    for label in np.unique(labels):
+        mine = shuffled[labels[shuffled] == label]
+        rank[mine] = np.arange(len(mine))
+    return shuffled[np.argsort(rank[shuffled], kind="stable")].tolist()
+
+
+def _at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise VitreousError(f"{name} must be at least 1, not {value}")
+
+
+def _folder(source: str | Path) -> Path | None:
+    """The folder that `source` means, or None for one of `NAMES`."""
+    if isinstance(source, str) and source in NAMES:
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise VitreousError(f"{source} is a file: give a folder of class folders, or one of {', '.join(NAMES)}")
+    if isinstance(source, Path) or len(folder.parts) != 1 or source.startswith((".", "~")):
+        raise VitreousError(f"the data folder {source} does not exist")
+    raise VitreousError(
+        f"no data set and no folder is called '{source}'{nearest(source.lower(), NAMES)}; "
+        f"the data sets are {', '.join(NAMES)}"
+    )
+
+
+def _check_classes(source: str, classes: Sequence[str], logits: int | None) -> str:
+    """Refuse more classes than logits; otherwise the note that fewer classes call for, or the empty string."""
+    if not logits or len(classes) == logits:
+        return ""
+    if len(classes) > logits:
+        raise VitreousError(
+            f"{source} has {len(classes)} classes but the model only {logits} logits: "
+            "use the data that the model was trained for, or a model with a head for these classes"
+        )
+    return (
+        f"{source} has {len(classes)} classes and the model {logits} logits: accuracy holds only if the first "
+        f"{len(classes)} logits are these classes, in alphabetical order of their names"
+    )
+
+
+def _arrays(
+    name: str, split: str, download: bool, root: str | Path | None
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """Class names, pictures `[N, H, W]` or `[N, H, W, 3]` uint8 and labels `[N]` of a data set in `NAMES`."""
+    if name == "sample":
+        return CLASSES, *sample_arrays(split)
+    from torchvision.datasets import CIFAR10, FashionMNIST
+
+    if name == "fashion-mnist":
+        raw = Path(root, "FashionMNIST", "raw") if root else None
+        where = raw if raw and raw.is_dir() else root
+        try:
+            return CLASSES, *fashion_arrays(split, where)
+        except VitreousError:
+            if not download:
+                raise
+        _download(FashionMNIST, "FashionMNIST", root)
+        return CLASSES, *fashion_arrays(split, raw or CACHE.expanduser() / "FashionMNIST" / "raw")
+
+    # torchvision unpickles CIFAR-10's files, but only after it has compared each with the published checksum.
+    places = [Path(root)] if root else [Path("data"), CACHE.expanduser()]
+    for fetch in (False, True) if download else (False,):
+        if fetch:
+            _download(CIFAR10, CIFAR10.base_folder, root)
+        for place in places:
+            try:
+                found = CIFAR10(place, train=split == "train")
+            except RuntimeError:
+                continue
+            return tuple(found.classes), found.data, np.array(found.targets)
+    raise VitreousError(
+        f"no whole copy of CIFAR-10 ({CIFAR10.base_folder}) in {', '.join(map(str, places))}: "
+        "put one there, or let torchvision download it (`--download`)"
+    )
+
+
+def _download(kind: Callable[..., object], folder: str, root: str | Path | None) -> None:
+    """Let torchvision's data set class `kind` fetch `folder` below `root`, whole or not at all."""
+    home = Path(root) if root else CACHE.expanduser()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as aside:
+            kind(aside, download=True)
+            os.replace(Path(aside, folder), home / folder)
+    except (OSError, RuntimeError) as error:
+        raise VitreousError(f"could not download {kind.__name__} into {home}: {error}") from error

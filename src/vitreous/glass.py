@@ -1,0 +1,386 @@
+"""Look into a model while it runs, and intervene.
+
+Attention is computed by one of three functions in nearly every model there is: `scaled_dot_product_attention`, `softmax`, or
+`multi_head_attention_forward`. A `TorchFunctionMode` sees every call of them while it is active, so no model needs changing and
+no forward is copied. Module hooks say which attention module is running. Nothing is left behind when the block ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .anatomy import attention_names, holding_block
+from .errors import VitreousError, nearest
+
+KINDS = ("attention", "q", "k", "v", "output", "block")
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda p: p.mean(1),  # over heads: [B, N, N]
+    "class": lambda p: p[..., 0, :],  # the first query's row: [B, heads, N]
+}
+
+
+@dataclass
+class View:
+    """What one attention layer did in one call. Parts that were not asked for are None.
+
+    `attention` is `[B, heads, N, N]` (`[B·windows, heads, n, n]` in windowed models, `[B, heads, d, d]` where a model attends
+    over channels); `q`, `k`, `v` are `[B, heads, N, d]` as they enter the product; `output` and `block` are what the attention
+    module and its residual block return.
+    """
+
+    name: str
+    attention: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    output: Tensor | None = None
+    block: Tensor | None = None
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Glass(TorchFunctionMode):
+    """A context manager; see `glass`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        record: Iterable[str] = ("attention",),
+        layers: Sequence[int | str] | None = None,
+        grad: bool = False,
+        reduce: str | Change | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.names = attention_names(model)
+        self.record = {record} if isinstance(record, str) else set(record)
+        if wrong := self.record - set(KINDS):
+            raise VitreousError(f"glass cannot record {sorted(wrong)[0]!r}: choose from {', '.join(KINDS)}")
+        if isinstance(reduce, str) and reduce not in REDUCTIONS:
+            raise VitreousError(f"glass has no reduction {reduce!r}: choose from {', '.join(REDUCTIONS)}, or give a function")
+        self.reduce = REDUCTIONS[reduce] if isinstance(reduce, str) else reduce
+        self.grad = grad
+        self.only = None if layers is None else {self._name(layer) for layer in layers}
+        self.views: list[View] = []
+        self._changes: dict[tuple[str, str], list[Change]] = {}
+        self._handles: list[Any] = []
+        self._running: list[str] = []
+        self._product: tuple[Tensor, Tensor] | None = None
+        self._waiting: tuple[View, Tensor] | None = None
+
+    # ---- what was seen
+
+    @property
+    def attention(self) -> list[Tensor]:
+        """One tensor a call of an attention layer, in the order in which they ran."""
+        return [v.attention for v in self.views if v.attention is not None]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Gradients of `attention` after a backward pass; needs `grad=True`."""
+        if any(a.grad is None for a in self.attention):
+            raise VitreousError("no gradients of attention yet: open the glass with grad=True and call backward() first")
+        return [a.grad for a in self.attention if a.grad is not None]
+
+    def __getitem__(self, layer: int | str) -> View:
+        """The last view of a layer, by its name or its number among the model's attention layers."""
+        name = self._name(layer)
+        for view in reversed(self.views):
+            if view.name == name:
+                return view
+        raise VitreousError(f"layer '{name}' was not recorded: run the model inside the glass, and see `layers=`")
+
+    def clear(self) -> None:
+        self.views.clear()
+
+    # ---- interventions: they hold for every call inside the glass
+
+    def mask_heads(self, layer: int | str, heads: int | Sequence[int], factor: float = 0.0) -> Glass:
+        """Multiply what these heads of a layer give by `factor`; 0 removes them."""
+        chosen = [heads] if isinstance(heads, int) else list(heads)
+
+        def change(mask: Tensor) -> Tensor:
+            if max(chosen) >= mask.shape[1]:
+                raise VitreousError(f"layer '{self._name(layer)}' has {mask.shape[1]} heads, not {max(chosen) + 1}")
+            mask[:, chosen] = factor
+            return mask
+
+        return self._add(layer, "heads", change)
+
+    def cut(self, layer: int | str, edges: Tensor) -> Glass:
+        """Knock out edges: no attention where `edges` (bool, broadcast to `[B, heads, N, N]`) is true."""
+        return self._add(layer, "scores", lambda s: s.masked_fill(edges.to(s.device), -math.inf))
+
+    def add_bias(self, layer: int | str, bias: Tensor) -> Glass:
+        """Add `bias` (broadcast to `[B, heads, N, N]`) to the scaled scores before the softmax."""
+        return self._add(layer, "scores", lambda s: s + bias.to(s))
+
+    def patch(self, layer: int | str, what: str, value: Tensor | Change) -> Glass:
+        """Replace an activation: `what` is "attention" (probabilities), "output" or "block"; `value` a tensor, or a function
+        of what the model computed."""
+        if what not in ("attention", "output", "block"):
+            raise VitreousError(f"glass cannot patch {what!r}: choose attention, output or block")
+        return self._add(layer, what, value if callable(value) else lambda _: value)
+
+    # ---- the mechanism
+
+    def _name(self, layer: int | str) -> str:
+        if isinstance(layer, int):
+            if not -len(self.names) <= layer < len(self.names):
+                raise VitreousError(f"the model has {len(self.names)} attention layers: there is no layer {layer}")
+            return self.names[layer]
+        if layer not in self.names:
+            raise VitreousError(f"the model has no attention layer '{layer}'{nearest(layer, self.names)}")
+        return layer
+
+    def _add(self, layer: int | str, what: str, change: Change) -> Glass:
+        self._changes.setdefault((self._name(layer), what), []).append(change)
+        return self
+
+    def _apply(self, name: str, what: str, x: Tensor) -> Tensor:
+        for change in self._changes.get((name, what), ()):
+            x = change(x)
+        return x
+
+    def _wants(self, name: str, *kinds: str) -> bool:
+        return bool(self.record.intersection(kinds)) and (self.only is None or name in self.only)
+
+    def __enter__(self) -> Glass:
+        modules = dict(self.model.named_modules())
+        for name, module in modules.items():
+            if name in self.names or next(module.children(), None) is not None:
+                self._handles.append(module.register_forward_pre_hook(self._enter_module(name)))
+                self._handles.append(module.register_forward_hook(self._leave_module(name), always_call=True))
+        for name in self.names:
+            self._watch(modules[name], name, "output")
+            holder = holding_block(name, modules)
+            if holder:
+                self._watch(modules[holder], name, "block")
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._running.clear()
+
+    def _enter_module(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if not name:
+                self._running.clear()
+            self._running.append(name)
+
+        return hook
+
+    def _leave_module(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            while self._running and self._running.pop() != name:
+                pass
+
+        return hook
+
+    def _watch(self, module: nn.Module, name: str, kind: str) -> None:
+        if not self._wants(name, kind) and (name, kind) not in self._changes:
+            return
+
+        def hook(_: nn.Module, __: Any, out: Any) -> Any:
+            x = out[0] if isinstance(out, tuple) else out
+            y = self._apply(name, kind, x)
+            if self._wants(name, kind):
+                view = next((v for v in reversed(self.views) if v.name == name and getattr(v, kind) is None), None)
+                if view is None:
+                    view = View(name)
+                    self.views.append(view)
+                setattr(view, kind, self._keep(y))
+            if y is not x:
+                return (y, *out[1:]) if isinstance(out, tuple) else y
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _owner(self) -> str | None:
+        """The attention module that is running, if one is."""
+        return next((n for n in reversed(self._running) if n in self.names), None)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        if self.grad:
+            if x.requires_grad:
+                x.retain_grad()
+            return x
+        return x.detach()
+
+    def _changed(self, name: str) -> bool:
+        return any((name, what) in self._changes for what in ("heads", "scores", "attention"))
+
+    def _note(self, view: View, probs: Tensor | None, **parts: Tensor | None) -> View:
+        for kind, x in {"attention": probs, **parts}.items():
+            if x is not None and kind in self.record:
+                kept = self.reduce(x) if kind == "attention" and self.reduce else x
+                setattr(view, kind, self._keep(kept))
+        return view
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention or func in SOFTMAX or func in MATMUL or func is F.multi_head_attention_forward:
+            name = self._owner()
+            if name is None and func is F.scaled_dot_product_attention and self._running:
+                name = self._running[-1]
+            if name is not None and (self._wants(name, "attention", "q", "k", "v") or self._changed(name)):
+                if func is F.scaled_dot_product_attention:
+                    return self._fused(name, *args, **kwargs)
+                if func is F.multi_head_attention_forward:
+                    return self._multi_head(name, func, args, kwargs)
+                if func in SOFTMAX:
+                    return self._softmax(name, func, args, kwargs)
+                return self._matmul(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _probabilities(self, name: str, scores: Tensor) -> Tensor:
+        scores = self._apply(name, "scores", scores)
+        probs = scores.softmax(-1)
+        if (name, "scores") in self._changes:  # a query whose every edge was cut attends nowhere
+            probs = probs.nan_to_num(0.0)
+        return self._apply(name, "attention", probs)
+
+    def _head_factor(self, name: str, like: Tensor) -> Tensor | None:
+        if (name, "heads") not in self._changes:
+            return None
+        return self._apply(name, "heads", like.new_ones(1, like.shape[1], 1, 1))
+
+    def _fused(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        q, k, v = query, key, value
+        view = View(name)
+        if self._wants(name, "q", "k", "v"):
+            self._note(view, None, q=q, k=k, v=v)
+        if not self._wants(name, "attention") and not self._changed(name):
+            self.views.append(view)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
+        if is_causal:
+            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        probs = self._probabilities(name, scores)
+        if self._wants(name, "attention", "q", "k", "v"):
+            self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
+        # With a reduction and gradients the reduced tensor must stay part of the graph: it is a function of `probs`.
+        out = (F.dropout(probs, dropout_p) if dropout_p > 0 else probs) @ v
+        factor = self._head_factor(name, out)
+        return out if factor is None else out * factor
+
+    def _matmul(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if len(args) == 2 and all(isinstance(a, Tensor) and a.ndim >= 3 for a in args):
+            if self._waiting is not None and args[0].shape == self._waiting[1].shape:
+                self._note(self._waiting[0], None, v=args[1])
+                self._waiting = None
+            self._product = (args[0], args[1])
+        return out
+
+    def _softmax(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scores, *rest = args
+        if scores.ndim < 3:
+            return func(*args, **kwargs)
+        probs = func(self._apply(name, "scores", scores), *rest, **kwargs)
+        if (name, "scores") in self._changes:
+            probs = probs.nan_to_num(0.0)
+        probs = self._apply(name, "attention", probs)
+        if self._wants(name, "attention", "q", "k", "v"):
+            view = View(name)
+            q = k = None
+            if self._product is not None and self._product[0].shape[:-1] == scores.shape[:-1]:
+                q, k = self._product[0], self._product[1].mT
+            self.views.append(self._note(view, probs if self._wants(name, "attention") else None, q=q, k=k))
+            self._waiting = (view, probs)
+        factor = self._head_factor(name, probs) if probs.ndim == 4 else None
+        if factor is None and (name, "heads") in self._changes:
+            raise VitreousError(f"layer '{name}' keeps its heads in another place than [B, heads, N, N]: cannot mask them")
+        return probs if factor is None else probs * factor
+
+    def _multi_head(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`nn.MultiheadAttention`: ask it for its weights; biases enter as its mask, head factors through the values."""
+        names = (
+            "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+            "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask"
+        ).split()
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        if (name, "attention") in self._changes:
+            raise VitreousError(f"layer '{name}' is an nn.MultiheadAttention: its probabilities cannot be replaced, only biased")
+        heads, query, key = call["num_heads"], call["query"], call["key"]
+        weight, bias = call["in_proj_weight"], call["in_proj_bias"]
+        width = query.shape[-1]
+        if (name, "scores") in self._changes:
+            n, b, m = query.shape[0], query.shape[1], key.shape[0]
+            mask = call.get("attn_mask")
+            if mask is not None and mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -math.inf)
+            zero = query.new_zeros(b, heads, n, m) + (0 if mask is None else mask.view(-1, *([heads] if mask.ndim == 3 else [1]), n, m))
+            call["attn_mask"] = self._apply(name, "scores", zero).flatten(0, 1)
+        factor = self._head_factor(name, query.new_empty(1, heads, 1, 1))
+        if factor is not None and weight is not None:
+            rows = torch.cat([query.new_ones(2 * width), factor.flatten().repeat_interleave(width // heads)])
+            call["in_proj_weight"] = weight * rows[:, None]
+            call["in_proj_bias"] = None if bias is None else bias * rows
+        wanted = call.get("need_weights", True)
+        averaged = call.get("average_attn_weights", True)
+        out, probs = func(**{**call, "need_weights": True, "average_attn_weights": False})
+        if self._wants(name, "attention", "q", "k", "v"):
+            view = View(name)
+            if self._wants(name, "q", "k", "v") and weight is not None:
+                w, c = weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
+                sources = (query, key, call["value"])
+                made = [F.linear(s, w[i], c[i]).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for i, s in enumerate(sources)]
+                self._note(view, None, q=made[0], k=made[1], v=made[2])
+            self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
+        if not wanted:
+            return out, None
+        return out, probs.mean(1) if averaged else probs
+
+
+def glass(
+    model: nn.Module,
+    record: Iterable[str] = ("attention",),
+    layers: Sequence[int | str] | None = None,
+    grad: bool = False,
+    reduce: str | Change | None = None,
+) -> Glass:
+    """Look into `model` while it runs: `with glass(model) as g: model(x)`, then `g.attention`.
+
+    Args:
+        record: any of "attention" (probabilities), "q", "k", "v", "output" (of the attention module), "block" (its block's).
+        layers: only these attention layers, by number or dotted name; all by default.
+        grad: keep what is recorded in the graph, so that `g.gradients` holds the gradients of the probabilities after
+            `backward()`. Needs parameters or an input that require gradients.
+        reduce: what to keep of each `[B, heads, N, N]` at once, so that memory stays bounded: "mean" over heads, "class" for the
+            first token's row, or a function.
+
+    Interventions are methods of the glass: `mask_heads`, `cut`, `add_bias`, `patch`. When neither probabilities nor an
+    intervention is asked for in a layer, its fused kernel runs untouched. Raises `VitreousError` for unknown layers or kinds.
+    """
+    return Glass(model, record, layers, grad, reduce)

@@ -1,0 +1,30 @@
+"""Paired measurements of two or more models on the same images and the same machine."""
+
+from .answers import Answers, Changed, ClassChange, FeatureError, Guess
+from .cost import Cost
+from .drift import Drift
+from .latency import Latency, interleave
+from .proof import Measured, Proof, prove
+from .report import Picture, write_report
+from .statistics import Interval
+from .verdict import Verdict, verdict
+
+__all__ = [
+    "Answers",
+    "Changed",
+    "ClassChange",
+    "Cost",
+    "Drift",
+    "FeatureError",
+    "Guess",
+    "Interval",
+    "Latency",
+    "Measured",
+    "Picture",
+    "Proof",
+    "Verdict",
+    "interleave",
+    "prove",
+    "verdict",
+    "write_report",
+]

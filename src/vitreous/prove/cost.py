@@ -1,0 +1,100 @@
+"""What a model costs whatever machine it runs on: parameters, multiply-accumulates, bytes, memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from .subject import Model, caller
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Costs of one model; None where they cannot be known (a shipped file that does not say)."""
+
+    parameters: int | None
+    macs: int | None
+    """Multiply-accumulates for one image, counted from the operators that ran."""
+    bytes: int | None
+    """Size on disk: the bytes of all tensors of the state dict, or what a shipped file says of itself."""
+    memory: int | None
+    """Bytes needed to run the largest timed batch: weights, input, and the most activations alive at once."""
+
+
+def cost(name: str, model: Model, images: Tensor) -> Cost:
+    """The costs of `model`: MACs on the first of `images` `[B, C, H, W]`, memory on all of them.
+
+    A callable that is no `nn.Module` may carry `.parameters_count`, `.macs` and `.bytes`.
+    """
+    count = getattr(model, "parameters_count", None)
+    if not isinstance(model, nn.Module):
+        return Cost(count, getattr(model, "macs", None), getattr(model, "bytes", None), None)
+    weights = {(t.data_ptr(), t.nbytes): t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor)}
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()) if count is None else count,
+        macs=macs(model, images[:1], name),
+        bytes=sum(weights.values()),
+        memory=sum(weights.values()) + images.nbytes + activation_peak(model, images, name),
+    )
+
+
+def macs(model: nn.Module, x: Tensor, name: str = "model") -> int:
+    """Multiply-accumulates of one forward of `model` on `x`, from the matrix products, convolutions and attention
+    kernels that really ran (torch's `FlopCounterMode`, halved)."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # nn.MultiheadAttention's fast path is one opaque operator that counts as nothing.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _int_mm}) as count:
+            caller(name, model)(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return count.get_total_flops() // 2
+
+
+def _int_mm(a: Any, b: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Flops of an int8 product `[m, k] @ [k, n]`, which torch leaves out; shapes, or tensors in older versions."""
+    m, k = getattr(a, "shape", a)
+    return 2 * m * k * getattr(b, "shape", b)[1]
+
+
+def activation_peak(model: nn.Module, x: Tensor, name: str = "model") -> int:
+    """The most bytes of tensors made by one forward of `model` on `x` that were alive at the same time.
+
+    It follows torch's operators, so workspaces inside a kernel are not seen.
+    """
+    with torch.no_grad(), _Alive([x, *model.parameters(), *model.buffers()]) as alive:
+        caller(name, model)(x)
+    return alive.most
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages of every operator's results until they are freed."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.storages = {t.untyped_storage()._cdata for t in known}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.storages:
+                storage = t.untyped_storage()
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.now -= size

@@ -1,0 +1,89 @@
+"""Pictures of the report: heatmaps laid over an image, and the tokens that survived."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import io
+
+import numpy as np
+from PIL import Image
+from plotly.colors import sample_colorscale, sequential, unlabel_rgb
+
+SIDE = 224
+"""Pixels of the longer side of every drawn picture, about: tiny ones grow by a whole factor."""
+
+COLOURS = np.array(
+    [unlabel_rgb(c) for c in sample_colorscale(sequential.Inferno, np.linspace(0, 1, 256).tolist(), colortype="rgb")]
+)  # [256, 3], 0 to 255
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """`image` as RGB near `SIDE`: a small one by nearest neighbour, so that its pixels stay what they are."""
+    image = image.convert("RGB")
+    longer = max(image.size)
+    if longer <= SIDE // 2:
+        k = max(1, SIDE // longer)
+        return image.resize((image.width * k, image.height * k), Image.Resampling.NEAREST)
+    k = SIDE / longer
+    size = (max(1, round(image.width * k)), max(1, round(image.height * k)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def overlay(image: Image.Image, shares: np.ndarray, scale: tuple[float, float]) -> Image.Image:
+    """Heatmap `shares` `[h, w]` over `image`, in its patch grid; `scale` is what the darkest and the brightest colour stand for."""
+    base = enlarge(image)
+    low, high = scale
+    level = np.clip((shares - low) / max(high - low, 1e-12), 0, 1)
+    level = np.asarray(Image.fromarray(level.astype(np.float32)).resize(base.size, Image.Resampling.NEAREST))
+    grey = np.asarray(base.convert("L"), float)[..., None]
+    weight = 0.55 + 0.35 * level[..., None]  # the brighter the patch, the less of the picture
+    mixed = (1 - weight) * grey + weight * COLOURS[(level * 255).astype(int)]
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def survival(image: Image.Image, groups: np.ndarray) -> Image.Image:
+    """The tokens that are left of `image`, as RGBA.
+
+    `groups` `[h, w]` holds -1 where the patch was dropped or fused away: it fades. Patches with the same number ≥ 0 are
+    one token: they take their mean colour and share the colour of their outline.
+    """
+    base = np.asarray(enlarge(image), float)
+    height, width = base.shape[:2]
+    row = np.arange(height) * groups.shape[0] // height
+    column = np.arange(width) * groups.shape[1] // width
+    ids = groups[row][:, column]
+    drawn = np.concatenate([base, np.full((height, width, 1), 255.0)], 2)
+    dropped = ids < 0
+    drawn[dropped, :3] = base[dropped].mean(1, keepdims=True)
+    drawn[dropped, 3] = 45
+    numbers, counts = np.unique(groups[groups >= 0], return_counts=True)
+    for i, group in enumerate(numbers[counts > 1]):
+        inside = ids == group
+        drawn[inside, :3] = 0.3 * drawn[inside, :3] + 0.7 * base[inside].mean(0)
+        hue = i * 0.618034 % 1  # golden ratio: neighbours in number get hues far apart
+        drawn[inside & ~_shrunk(_shrunk(inside)), :3] = np.array(colorsys.hsv_to_rgb(hue, 0.75, 1.0)) * 255
+    return Image.fromarray(drawn.astype(np.uint8))
+
+
+def tokens_left(groups: np.ndarray) -> int:
+    """How many tokens the patches of `groups` `[h, w]` still make."""
+    return len(np.unique(groups[groups >= 0]))
+
+
+def colour_bar() -> Image.Image:
+    """The colours of `overlay`, from the least to the most."""
+    return Image.fromarray(COLOURS.astype(np.uint8)[None].repeat(12, 0))
+
+
+def data_uri(image: Image.Image) -> str:
+    """`image` as a PNG inside a `data:` address."""
+    held = io.BytesIO()
+    image.save(held, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def _shrunk(mask: np.ndarray) -> np.ndarray:
+    """`mask` `[H, W]` less its outermost pixel."""
+    padded = np.pad(mask, 1)
+    return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:] & mask

@@ -1,0 +1,105 @@
+"""Interleaved timing: A B C, B C A, C A B, … so that whatever disturbs the machine disturbs every model alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .statistics import Interval, bootstrap_median_ratio
+
+WARMUP = 3
+LEAST_ROUNDS, MOST_ROUNDS = 5, 300
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one model at one batch size, milliseconds an image; one sample a round, in the order they were taken."""
+
+    batch: int
+    median: float
+    q1: float
+    q3: float
+    ratio: Interval | None
+    """Times faster than the reference, the median of the per-round ratios; None for the reference itself."""
+    samples: list[float]
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int | None = None,
+    seconds: float = 10.0,
+    clock: Callable[[], float] = time.perf_counter,
+    tick: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, np.ndarray]:
+    """Seconds that each of `runs` took in each round, `[rounds]` apiece.
+
+    Each is called `WARMUP` times first, unrecorded. In a round each runs once, and the round after starts one further
+    on. Without `rounds`, there are as many as fit into `seconds` by the cost of the last warm-up, but 5 to 300.
+    """
+    names = list(runs)
+
+    def timed(name: str) -> float:
+        start = clock()
+        runs[name]()
+        return clock() - start
+
+    warm = [sum(timed(name) for name in names) for _ in range(WARMUP)]
+    if rounds is None:
+        fit = math.floor(seconds / max(warm[-1], 1e-9)) - WARMUP
+        rounds = min(max(fit, LEAST_ROUNDS), MOST_ROUNDS)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # as timeit does: a collection would be charged to whichever model it happens to hit
+    try:
+        for r in range(rounds):
+            start = r % len(names)
+            for name in names[start:] + names[:start]:
+                times[name].append(timed(name))
+            tick((r + 1) / rounds)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: np.array(t) for name, t in times.items()}
+
+
+def latencies(
+    calls: Mapping[str, Callable[[Tensor], Tensor]],
+    images: Tensor,
+    *,
+    reference: str,
+    batches: Sequence[int] = (1, 64),
+    rounds: int | None = None,
+    seconds: float = 20.0,
+    seed: int = 0,
+    tick: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, list[Latency]]:
+    """A `Latency` for each model and each batch size; `seconds` is for all of them together.
+
+    `images` `[n, C, H, W]` are repeated where a batch needs more than there are.
+    """
+    found: dict[str, list[Latency]] = {name: [] for name in calls}
+    for i, batch in enumerate(batches if calls else ()):
+        x = images[torch.arange(batch) % len(images)].contiguous()
+        with torch.inference_mode():
+            times = interleave(
+                {name: lambda call=call: call(x) for name, call in calls.items()},
+                rounds=rounds,
+                seconds=seconds / len(batches),
+                tick=lambda fraction, i=i: tick((i + fraction) / len(batches)),
+            )
+        for name, t in times.items():
+            ms = t * 1000 / batch
+            q1, median, q3 = np.percentile(ms, (25, 50, 75))
+            paired = name != reference and reference in times
+            ratio = bootstrap_median_ratio(times[reference], t, seed) if paired else None
+            found[name].append(Latency(batch, float(median), float(q1), float(q3), ratio, ms.tolist()))
+    return found

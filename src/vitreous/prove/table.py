@@ -1,0 +1,143 @@
+"""The figures of a proof as rows of text, one column a model, for the terminal and for the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from .statistics import Interval
+
+if TYPE_CHECKING:
+    from .proof import Measured, Proof
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and below it its interval or its spread (may be empty)."""
+
+    value: str
+    around: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    about: str
+    """What the row says, in half a sentence."""
+    cells: list[Cell]
+
+
+def rows(proof: Proof) -> list[Row]:
+    """One row a measure, left out where no model has it."""
+    models = proof.models
+    found = [
+        _row("accuracy", "share of images answered rightly", models, lambda m: _percent(m.answers.accuracy)),
+        _row("Δ accuracy", "points against the reference, same images", models, lambda m: _points(m.answers.difference)),
+        _row("agreement", "same answer as the reference", models, lambda m: _percent(m.answers.agreement)),
+        _row("feature error", "relative L2 distance from the reference, mean, and the worst image", models, _features),
+    ]
+    for batch in proof.batches:
+        found.append(_row(f"ms / image, b{batch}", f"median at batch {batch}, and quartiles", models, lambda m: _ms(m, batch)))
+        found.append(_row(f"speed, b{batch}", "times the reference, median of paired rounds", models, lambda m: _speed(m, batch)))
+    found += [
+        _row("parameters", "", models, lambda m: _count(m.cost.parameters)),
+        _row("MACs", "multiply-accumulates an image, counted as it ran", models, lambda m: _count(m.cost.macs)),
+        _row("size", "bytes of all weights, or of the shipped file", models, lambda m: _bytes(m.cost.bytes)),
+        _row("memory", f"weights and live tensors at batch {max(proof.batches)}", models, lambda m: _bytes(m.cost.memory)),
+        _row("drift", "share of the attention that moved elsewhere", models, _drift),
+    ]
+    return [row for row in found if any(cell.value != MISSING for cell in row.cells)]
+
+
+def table(proof: Proof) -> Table:
+    """The rows for a terminal, intervals dimmed below their figures."""
+    shown = Table(caption=caption(proof), caption_justify="left")
+    shown.add_column("")
+    for m in proof.models:
+        shown.add_column(Text(m.name, overflow="fold"), justify="right")
+    for row in rows(proof):
+        cells = [Text(c.value) if not c.around else Text.assemble(c.value, "\n", (c.around, "dim")) for c in row.cells]
+        shown.add_row(row.label, *cells)
+    return shown
+
+
+def caption(proof: Proof) -> str:
+    """Under what circumstances the figures hold, in one line."""
+    taken = {len(latency.samples) for m in proof.models for latency in m.latency}
+    rounds = f"{min(taken)}–{max(taken)}" if len(taken) > 1 else f"{max(taken, default=0)}"
+    timing = f" · {rounds} interleaved rounds" if taken else ""
+    threads = f"{proof.threads} thread{'s' if proof.threads != 1 else ''}"
+    return f"{proof.images:,} images of {proof.data} · {proof.machine['cpu']}, {threads}{timing} · 95 % intervals"
+
+
+def signed(points: float) -> str:
+    """A difference of shares in points, with a true minus sign: `-0.3` reads `−0.3`."""
+    text = f"{points * 100:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
+
+
+def three(x: float) -> str:
+    """`x` with three significant figures, zeros kept: 2 reads `2.00`."""
+    return f"{x:#.3g}".rstrip(".") if 1e-4 <= abs(x) < 999.5 else f"{x:,.0f}" if x else "0"
+
+
+def _row(label: str, about: str, models: list[Measured], cell: Callable[[Measured], Cell]) -> Row:
+    return Row(label, about, [cell(m) for m in models])
+
+
+def _percent(share: Interval | None) -> Cell:
+    if share is None:
+        return Cell(MISSING)
+    return Cell(f"{share.value * 100:.1f} %", f"{share.low * 100:.1f} – {share.high * 100:.1f}")
+
+
+def _points(difference: Interval | None) -> Cell:
+    if difference is None:
+        return Cell(MISSING)
+    return Cell(signed(difference.value), f"{signed(difference.low)} to {signed(difference.high)}")
+
+
+def _features(m: Measured) -> Cell:
+    f = m.answers.features
+    return Cell(MISSING) if f is None else Cell(f"{f.mean:.2%}".replace("%", " %"), f"worst {f.worst:.2%}".replace("%", " %"))
+
+
+def _ms(m: Measured, batch: int) -> Cell:
+    if m.simulated:
+        return Cell("simulated")
+    latency = next(t for t in m.latency if t.batch == batch)
+    return Cell(three(latency.median), f"{three(latency.q1)} – {three(latency.q3)}")
+
+
+def _speed(m: Measured, batch: int) -> Cell:
+    ratio = next((t.ratio for t in m.latency if t.batch == batch), None)
+    return Cell(MISSING) if ratio is None else Cell(f"{ratio.value:.2f} ×", f"{ratio.low:.2f} – {ratio.high:.2f}")
+
+
+def _drift(m: Measured) -> Cell:
+    if m.drift is None:
+        return Cell(MISSING)
+    moved = m.drift.total_variation
+    return Cell(f"{moved.value:.1%}".replace("%", " %"), f"{moved.low * 100:.1f} – {moved.high * 100:.1f}")
+
+
+def _count(n: int | None) -> Cell:
+    return Cell(MISSING) if n is None else Cell(_scaled(n, ("", "k", "M", "G", "T")))
+
+
+def _bytes(n: int | None) -> Cell:
+    return Cell(MISSING) if n is None else Cell(_scaled(n, ("B", "kB", "MB", "GB", "TB")))
+
+
+def _scaled(n: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if n < 999.5:
+            return f"{three(n) if unit not in ('', 'B') else round(n)} {unit}".rstrip()
+        n /= 1000
+    return f"{three(n)} {units[-1]}"

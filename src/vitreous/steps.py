@@ -1,0 +1,237 @@
+"""Steps, recipes, and models that remember which steps made them.
+
+A step is a frozen dataclass: its fields are its parameters, its class says what it does to a model. A slimmed model is an
+ordinary `nn.Module` with a `History`, from which `save` and `load` build it again.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import VitreousError, nearest
+
+REGISTRY: dict[str, type[Step]] = {}
+Kind = TypeVar("Kind", bound="type[Step]")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One published transformation. A method is a frozen dataclass under `@step`, and says how to
+
+    - `plan(model, calibration)`: decide what depends on data or weights; what it returns is JSON and is saved;
+    - `build(model, plan)`: change the given model's structure, in place;
+    - `fit(model, calibration)`: set what the new structure needs from data (scales …), in place; saved as buffers.
+
+    Only `build` is compulsory. `apply` does the three on a copy. Calibration is a `[N, C, H, W]` batch of images.
+    """
+
+    family: ClassVar[str] = ""
+    needs_calibration: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}.{type(self).__name__}"
+
+    def plan(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any]:
+        return {}
+
+    def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
+        raise VitreousError(f"{self.name} does not say how to change a model")
+
+    def fit(self, model: nn.Module, calibration: Tensor | None) -> None:
+        return None
+
+    def refuse_after(self, done: Sequence[Step]) -> str:
+        """Why this step makes no sense after those; empty when it does."""
+        return ""
+
+    def apply(self, model: nn.Module, calibration: Tensor | None = None) -> nn.Module:
+        """A changed copy of `model`, in eval mode; the argument is not touched.
+
+        Raises `VitreousError` when the model's anatomy does not allow the step, when the order of steps makes no sense, or
+        when calibration images are needed and missing.
+        """
+        history = history_of(model)
+        if reason := self.refuse_after(history.steps()):
+            raise VitreousError(f"{self.name} cannot come after {', '.join(s.name for s in history.steps())}: {reason}")
+        if self.needs_calibration and calibration is None:
+            raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
+        if calibration is not None and not torch.isfinite(calibration).all():
+            raise VitreousError(f"{self.name} was given calibration images that hold NaN or infinity: check the transform")
+        refuse_nan(model)
+        new = copy.deepcopy(model).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            plan = self.plan(new, calibration)
+            self.build(new, plan)
+            self.fit(new, calibration)
+        new.vitreous = History(history.base, [*history.done, (self, plan)])  # type: ignore[assignment]
+        return new.eval()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"step": self.name, **asdict(self)}
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"{self.name}({given})"
+
+
+def step(family: str) -> Callable[[Kind], Kind]:
+    """Class decorator: register a step under `family.ClassName`."""
+
+    def register(cls: Kind) -> Kind:
+        cls.family = family
+        REGISTRY[f"{family}.{cls.__name__}"] = cls
+        return cls
+
+    return register
+
+
+def make_step(name: str, **parameters: Any) -> Step:
+    """The step called `name` ("tokens.EViT", or "EViT" when that is unique), with its parameters checked."""
+    wanted = name.lower()
+    found = [n for n in REGISTRY if wanted in (n.lower(), n.split(".")[1].lower())]
+    if len(found) != 1:
+        short = [n.split(".")[1] for n in REGISTRY]
+        hint = nearest(name, [*REGISTRY, *short]) or f"; there are {', '.join(sorted(REGISTRY))}"
+        raise VitreousError(f"unknown step '{name}'{hint}")
+    cls = REGISTRY[found[0]]
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}
+    values = {}
+    for key, value in parameters.items():
+        if key not in known:
+            hint = nearest(key, known) or f"; it has {', '.join(known) or 'none'}"
+            raise VitreousError(f"step {found[0]} has no parameter '{key}'{hint}")
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, int) and not isinstance(value, bool) and _fits(float(value), hints[key]) and not _fits(value, hints[key]):
+            value = float(value)
+        if not _fits(value, hints[key]):
+            wanted_type = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
+            raise VitreousError(f"step {found[0]}: '{key}' must be {wanted_type}, not {value!r}")
+        values[key] = value
+    if missing := [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]:
+        raise VitreousError(f"step {found[0]} needs '{missing[0]}'")
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if hint is type(None):
+        return value is None
+    if hint in (int, float):
+        return type(value) is hint
+    return isinstance(value, hint)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of steps; as JSON a list of objects, each with "step" and its parameters."""
+
+    steps: tuple[Step, ...] = ()
+
+    @staticmethod
+    def parse(text: str) -> Recipe:
+        """From `"tokens.EViT(keep=0.7), quant.RepQ(weights=8)"`, the way steps are written in Python."""
+        try:
+            tree = ast.parse(f"[{text}]", mode="eval").body
+        except SyntaxError as error:
+            raise VitreousError(f"cannot read the steps {text!r}: {error.msg}; write them as EViT(keep=0.7), RepQ()") from None
+        assert isinstance(tree, ast.List)
+        steps = []
+        for node in tree.elts:
+            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+            try:
+                parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+            except ValueError:
+                raise VitreousError(f"cannot read {ast.unparse(call)!r}: parameters must be plain values") from None
+            if call.args:
+                raise VitreousError(f"cannot read {ast.unparse(call)!r}: name each parameter, as in EViT(keep=0.7)")
+            steps.append(make_step(ast.unparse(call.func), **parameters))
+        return Recipe(tuple(steps))
+
+    @staticmethod
+    def from_json(text: str, source: str = "recipe") -> Recipe:
+        try:
+            entries = json.loads(text)
+        except ValueError as error:
+            raise VitreousError(f"{source} is not JSON: {error}") from None
+        if isinstance(entries, dict) and set(entries) == {"steps"}:
+            entries = entries["steps"]
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("step"), str) for e in entries):
+            raise VitreousError(f'{source} must be a list of objects, each with a "step" name, as in [{{"step": "tokens.EViT", "keep": 0.7}}]')
+        return Recipe(tuple(make_step(e["step"], **{k: v for k, v in e.items() if k != "step"}) for e in entries))
+
+    @staticmethod
+    def read(path: str | Path) -> Recipe:
+        try:
+            return Recipe.from_json(Path(path).read_text(), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise VitreousError(f"cannot read the recipe {path}: {error}") from None
+
+    def to_json(self) -> str:
+        return json.dumps([s.to_dict() for s in self.steps], indent=2)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.steps)) or "nothing"
+
+
+@dataclass
+class History:
+    """How a model came to be: the base it was opened from, and each step with its plan."""
+
+    base: dict[str, Any] | None = None
+    done: list[tuple[Step, dict[str, Any]]] = field(default_factory=list)
+
+    def steps(self) -> list[Step]:
+        return [s for s, _ in self.done]
+
+
+def history_of(model: nn.Module) -> History:
+    history = getattr(model, "vitreous", None)
+    return history if isinstance(history, History) else History()
+
+
+def refuse_nan(model: nn.Module) -> None:
+    for name, p in model.state_dict().items():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise VitreousError(f"the weight '{name}' holds NaN or infinity: the checkpoint is broken, or training diverged")
+
+
+def slim(
+    model: nn.Module,
+    steps: Recipe | Step | Iterable[Step],
+    calibration: Tensor | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> nn.Module:
+    """Apply the steps in order to a copy of `model`; returns an ordinary `nn.Module` in eval mode.
+
+    Args:
+        calibration: images `[N, C, H, W]`, prepared as the model expects them, for the steps that need data.
+        progress: told the step at work and the share of steps done.
+
+    Raises `VitreousError` when a step cannot work on this model, or not after the steps before it.
+    """
+    todo = steps.steps if isinstance(steps, Recipe) else (steps,) if isinstance(steps, Step) else tuple(steps)
+    for i, s in enumerate(todo):
+        if progress:
+            progress(str(s), i / len(todo))
+        model = s.apply(model, calibration)
+    return model if todo else copy.deepcopy(model).eval()

@@ -1,0 +1,177 @@
+"""Open a model, save a slimmed one as one file, load it again bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .errors import VitreousError, nearest
+from .models.bundled import vit_fashion
+from .steps import History, history_of, make_step, refuse_nan
+
+BUNDLED = "vit_fashion"
+KEY = "vitreous"
+
+
+def open_model(model: str | Path | nn.Module | None = None, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any) -> nn.Module:
+    """A model ready to be looked into and slimmed, in eval mode.
+
+    Args:
+        model: a timm name, the path of a file written by `save`, an `nn.Module` (returned as it is), or None for the bundled
+            model.
+        pretrained: download timm's weights for that name. Nothing is ever downloaded otherwise.
+        checkpoint: local weights for a timm name: safetensors, or a `torch.save` file without pickled code.
+        kwargs: passed to `timm.create_model` (`num_classes`, `img_size` …) and kept in the file that `save` writes.
+
+    Raises `VitreousError` for unknown names, weights that do not fit, broken files, and weights that hold NaN.
+    """
+    if isinstance(model, nn.Module):
+        return model.eval()
+    if model is None or model == BUNDLED:
+        opened: nn.Module = vit_fashion(pretrained=checkpoint is None, **kwargs)
+        name = BUNDLED
+    elif Path(model).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or Path(model).is_file():
+        return load(model)
+    else:
+        name = str(model)
+        if name.split(".")[0] not in timm.list_models() and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            raise VitreousError(f"unknown model '{name}'{nearest(name, timm.list_models()) or ': see timm.list_models()'}")
+        opened = _create(name, pretrained, kwargs)
+    if checkpoint is not None:
+        _fill(opened, read_weights(checkpoint), str(checkpoint))
+    refuse_nan(opened)
+    opened.vitreous = History({"name": name, "kwargs": kwargs})  # type: ignore[assignment]
+    return opened.eval()
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:  # timm and the hub raise many kinds; the user needs the reason, not the stack
+        doing = "downloading its weights or " if pretrained else ""
+        raise VitreousError(f"cannot create '{name}': {doing}building it failed: {str(error).splitlines()[0]}") from error
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a local file: safetensors, or `torch.load(weights_only=True)`; nothing else is ever unpickled."""
+    path = Path(path)
+    if not path.is_file():
+        raise VitreousError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)[0]
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise VitreousError(
+            f"{path} holds pickled code, which is never run: save its state_dict() alone, best as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise VitreousError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0] if str(error) else 'it ends early'}") from error
+    for inner in ("state_dict", "model", "module", "teacher"):
+        if isinstance(state, Mapping) and isinstance(state.get(inner), Mapping):
+            state = state[inner]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise VitreousError(f"{path} holds no state dict: expected a mapping from names to tensors")
+    return {str(k).removeprefix("module."): v for k, v in state.items()}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise VitreousError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load weights that must fit: no name missing or left over, no other shape. Half precision becomes the model's own."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or wrong:
+        found = [f"{len(missing)} missing (first '{missing[0]}')"] if missing else []
+        found += [f"{len(extra)} unknown (first '{extra[0]}')"] if extra else []
+        if wrong:
+            k = sorted(wrong)[0]
+            found.append(f"{len(wrong)} of another shape (first '{k}': {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here)")
+        raise VitreousError(
+            f"the weights in {source} do not fit {type(model).__name__}: {'; '.join(found)}. Name the model they were trained as, "
+            "with the same img_size and num_classes"
+        )
+    model.load_state_dict(state)
+
+
+def save_model(model: nn.Module, path: str | Path) -> Path:
+    """Write base, recipe and weights of a model as one safetensors file, whole or not at all.
+
+    A model that was not opened by name has no base: `load` then needs it as `base=`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise VitreousError(f"save writes safetensors: name the file {path.with_suffix('.safetensors').name}, not {path.name}")
+    history = history_of(model)
+    about = {"base": history.base, "steps": [{**s.to_dict(), "plan": plan} for s, plan in history.done]}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    write_whole(path, save(state, {KEY: json.dumps(about), "format": "pt"}))
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError as error:
+        raise VitreousError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
+    """The model in a file written by `save`: its base is built again, its steps' structure, then its weights.
+
+    Raises `VitreousError` when the file is broken or was not written by `save`, or when it needs a `base`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VitreousError(f"there is no file {path}")
+    if path.suffix != ".safetensors":
+        raise VitreousError(f"{path} is no safetensors file; to use a checkpoint, name its timm model and pass it as the checkpoint")
+    state, metadata = _read_safetensors(path)
+    if KEY not in metadata:
+        raise VitreousError(f"{path} holds weights but no recipe: name its timm model and pass the file as the checkpoint")
+    try:
+        about = json.loads(metadata[KEY])
+        named, entries = about["base"], [dict(e) for e in about["steps"]]
+        done = [(make_step(e.pop("step"), **e), plan) for e in entries for plan in [e.pop("plan")]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VitreousError(f"the recipe inside {path} cannot be read ({error}): the file is damaged or from a newer version") from error
+    if base is None:
+        if named is None:
+            raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
+        base = vit_fashion(**named["kwargs"]) if named["name"] == BUNDLED else _create(named["name"], False, named["kwargs"])
+        model = base.eval()
+    else:
+        model = copy.deepcopy(base).eval()
+    for s, plan in done:
+        s.build(model, plan)
+        model.eval()
+    for name, p in state.items():  # weights come back in the precision they were saved in
+        if name in model.state_dict() and p.is_floating_point() and model.state_dict()[name].dtype != p.dtype:
+            model = model.to(p.dtype)
+            break
+    _fill(model, state, str(path))
+    model.vitreous = History(named, done)  # type: ignore[assignment]
+    return model.eval()

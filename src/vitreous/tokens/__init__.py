@@ -1,0 +1,6 @@
+"""Steps that shorten the token sequence."""
+
+from .evit import EViT
+from .tome import ToMe
+
+__all__ = ["EViT", "ToMe"]
