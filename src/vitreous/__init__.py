@@ -1,18 +1,23 @@
 """Vitreous makes vision transformers clear, small and fast."""
 
-from . import data, models, prove, prune, quant, see, ship, tokens
+from . import data, models, prune, quant, see, tokens
 from .anatomy import read
 from .blocks import traced
 from .errors import VitreousError
 from .glass import glass
+from .prove import Proof, prove
+from .ship import Runtime, Shipment, ship
 from .steps import Recipe, Step, slim
 from .store import load
-from .store import open_model as open  # noqa: A004
+from .store import open_model as open
 from .store import save_model as save
 
 __version__ = "0.1.0"
 __all__ = [
+    "Proof",
     "Recipe",
+    "Runtime",
+    "Shipment",
     "Step",
     "VitreousError",
     "data",

@@ -69,6 +69,8 @@ class Glass(TorchFunctionMode):
             raise VitreousError(f"glass cannot record {sorted(wrong)[0]!r}: choose from {', '.join(KINDS)}")
         if isinstance(reduce, str) and reduce not in REDUCTIONS:
             raise VitreousError(f"glass has no reduction {reduce!r}: choose from {', '.join(REDUCTIONS)}, or give a function")
+        if grad and reduce is not None:
+            raise VitreousError("glass keeps gradients of whole attention maps only: use grad=True or reduce=, not both")
         self.reduce = REDUCTIONS[reduce] if isinstance(reduce, str) else reduce
         self.grad = grad
         self.only = None if layers is None else {self._name(layer) for layer in layers}
@@ -111,8 +113,8 @@ class Glass(TorchFunctionMode):
         chosen = [heads] if isinstance(heads, int) else list(heads)
 
         def change(mask: Tensor) -> Tensor:
-            if max(chosen) >= mask.shape[1]:
-                raise VitreousError(f"layer '{self._name(layer)}' has {mask.shape[1]} heads, not {max(chosen) + 1}")
+            if wrong := [h for h in chosen if not 0 <= h < mask.shape[1]]:
+                raise VitreousError(f"layer '{self._name(layer)}' has heads 0 to {mask.shape[1] - 1}, there is no {wrong[0]}")
             mask[:, chosen] = factor
             return mask
 
@@ -192,10 +194,9 @@ class Glass(TorchFunctionMode):
         return hook
 
     def _watch(self, module: nn.Module, name: str, kind: str) -> None:
-        if not self._wants(name, kind) and (name, kind) not in self._changes:
-            return
-
         def hook(_: nn.Module, __: Any, out: Any) -> Any:
+            if not self._wants(name, kind) and (name, kind) not in self._changes:
+                return None
             x = out[0] if isinstance(out, tuple) else out
             y = self._apply(name, kind, x)
             if self._wants(name, kind):
@@ -204,8 +205,9 @@ class Glass(TorchFunctionMode):
                     view = View(name)
                     self.views.append(view)
                 setattr(view, kind, self._keep(y))
-            if y is not x:
-                return (y, *out[1:]) if isinstance(out, tuple) else y
+            if y is x:
+                return None
+            return (y, *out[1:]) if isinstance(out, tuple) else y
 
         self._handles.append(module.register_forward_hook(hook))
 
@@ -289,7 +291,6 @@ class Glass(TorchFunctionMode):
         probs = self._probabilities(name, scores)
         if self._wants(name, "attention", "q", "k", "v"):
             self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
-        # With a reduction and gradients the reduced tensor must stay part of the graph: it is a function of `probs`.
         out = (F.dropout(probs, dropout_p) if dropout_p > 0 else probs) @ v
         factor = self._head_factor(name, out)
         return out if factor is None else out * factor
@@ -376,7 +377,7 @@ def glass(
         record: any of "attention" (probabilities), "q", "k", "v", "output" (of the attention module), "block" (its block's).
         layers: only these attention layers, by number or dotted name; all by default.
         grad: keep what is recorded in the graph, so that `g.gradients` holds the gradients of the probabilities after
-            `backward()`. Needs parameters or an input that require gradients.
+            `backward()`. Needs parameters or an input that require gradients; not together with `reduce`.
         reduce: what to keep of each `[B, heads, N, N]` at once, so that memory stays bounded: "mean" over heads, "class" for the
             first token's row, or a function.
 

@@ -45,7 +45,7 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class FeatureError:
-    """Distance of outputs `f` from the reference's `r`, image by image: `|f - r| / |r|`, and the cosine between them."""
+    """Distance of outputs `f` from the reference's `r`, an image each: `|f - r| / |r|`, and the cosine between them."""
 
     mean: float
     worst: float
@@ -57,7 +57,7 @@ class FeatureError:
 
 @dataclass(frozen=True)
 class Answers:
-    """One model's answers. Shares are 0 to 1. None where it does not apply: no labels, no classes, the reference itself."""
+    """One model's answers, shares 0 to 1; None where it does not apply: no labels, no classes, the reference itself."""
 
     accuracy: Interval | None = None
     difference: Interval | None = None
@@ -125,7 +125,9 @@ def compare(
     if not n:
         raise VitreousError("the data has no images: give at least one batch")
     truth = np.concatenate(labels) if labels else None
-    found = {name: _answers(seen[name], seen[reference], name == reference, truth, classes, embeds, seed) for name in names}
+    found = {
+        name: _answers(seen[name], seen[reference], name == reference, truth, classes, embeds, seed) for name in names
+    }
     return found, n, torch.cat(kept)
 
 
@@ -154,7 +156,13 @@ def _note(seen: _Seen, out: Tensor, ref: Tensor, features: bool, who: tuple[str,
 
 
 def _answers(
-    model: _Seen, ref: _Seen, is_reference: bool, truth: np.ndarray | None, classes: Sequence[str], embeds: bool, seed: int
+    model: _Seen,
+    ref: _Seen,
+    is_reference: bool,
+    truth: np.ndarray | None,
+    classes: Sequence[str],
+    embeds: bool,
+    seed: int,
 ) -> Answers:
     def name(c: int) -> str:
         return classes[c] if c < len(classes) else str(c)

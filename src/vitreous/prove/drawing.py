@@ -31,7 +31,7 @@ def enlarge(image: Image.Image) -> Image.Image:
 
 
 def overlay(image: Image.Image, shares: np.ndarray, scale: tuple[float, float]) -> Image.Image:
-    """Heatmap `shares` `[h, w]` over `image`, in its patch grid; `scale` is what the darkest and the brightest colour stand for."""
+    """Heatmap `shares` `[h, w]` over `image`, in its patch grid; `scale`: the values of darkest and brightest."""
     base = enlarge(image)
     low, high = scale
     level = np.clip((shares - low) / max(high - low, 1e-12), 0, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..errors import VitreousError
@@ -55,7 +55,9 @@ def drifts(
     `explain` takes a model and images `[B, C, H, W]` and gives heatmaps `[B, h, w]`; the default is attention rollout.
     """
     if explain is None:
-        from ..see import rollout as explain  # here, so that proving needs nothing of `see` when it is given an explain
+        from ..see import rollout  # here, so that proving needs nothing of `see` when it is given an explain
+
+        explain = rollout
     maps: dict[str, np.ndarray | str] = {}
     for i, (name, model) in enumerate(models.items()):
         try:
@@ -85,7 +87,7 @@ def _compare(reference: str, before: np.ndarray | str, after: np.ndarray | str, 
         return f"heatmaps of {list(after.shape[1:])} patches cannot be compared with {list(before.shape[1:])}"
     moved = total_variation(before, after)
     flat = zip(before.reshape(len(before), -1), after.reshape(len(after), -1), strict=True)
-    ranks = [float(spearmanr(b, a).statistic) if np.ptp(b) and np.ptp(a) else np.nan for b, a in flat]
+    ranks = [float(np.corrcoef(rankdata(b), rankdata(a))[0, 1]) if np.ptp(b) and np.ptp(a) else np.nan for b, a in flat]
     known = np.array(ranks)[~np.isnan(ranks)]
     return Drift(
         images=len(moved),

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def latencies(
         x = images[torch.arange(batch) % len(images)].contiguous()
         with torch.inference_mode():
             times = interleave(
-                {name: lambda call=call: call(x) for name, call in calls.items()},
+                {name: partial(call, x) for name, call in calls.items()},
                 rounds=rounds,
                 seconds=seconds / len(batches),
                 tick=lambda fraction, i=i: tick((i + fraction) / len(batches)),

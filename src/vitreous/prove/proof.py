@@ -46,6 +46,8 @@ class Measured:
     """The class of a module, or what a shipped file says of itself."""
     simulated: str | None
     """Why it has no speed, or None: it computes what would be deployed."""
+    threads: int
+    """That its runtime uses: its own attribute `threads`, else torch's."""
     answers: Answers
     cost: Cost
     latency: list[Latency] = field(default_factory=list)
@@ -162,6 +164,7 @@ def prove(
                 name=name,
                 kind=type(model).__name__ if isinstance(model, nn.Module) else str(getattr(model, "kind", "callable")),
                 simulated=reasons[name],
+                threads=int(getattr(model, "threads", None) or used),
                 answers=answers[name],
                 cost=costs[name],
                 latency=times.get(name, []),

@@ -21,7 +21,7 @@ from .drawing import colour_bar, data_uri, enlarge, overlay, survival, tokens_le
 from .drift import as_shares, total_variation
 from .proof import Measured, Proof, write_aside
 from .table import caption, rows, signed
-from .verdict import verdict
+from .verdict import drifted, verdict
 
 CLASSES_SHOWN = 20
 CHANGED_LISTED = 200
@@ -61,15 +61,17 @@ def write_report(
     that it has something for. Raises `VitreousError` when `path` cannot be written.
     """
     said = verdict(proof)
-    charts = [_latency_chart(proof, b, said.model) for b in proof.batches] if any(m.latency for m in proof.models) else []
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files(__package__).joinpath("report.html.j2").read_text("utf-8")
+    charts = (
+        [_latency_chart(proof, b, said.model) for b in proof.batches] if any(m.latency for m in proof.models) else []
     )
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("vitreous.prove").joinpath("report.html.j2").read_text("utf-8"))
     text = template.render(
         title=title,
         proof=proof,
         verdict=said,
-        tiles=_tiles(said.model),
+        tiles=_tiles(proof, said.model),
         rows=rows(proof),
         caption=caption(proof),
         charts=charts,
@@ -88,35 +90,52 @@ def write_report(
     write_aside(path, text)
 
 
-def _tiles(m: Measured) -> list[dict[str, str]]:
+def _tiles(proof: Proof, m: Measured) -> list[dict[str, str]]:
     """The few figures that are worth large type, of the model that the verdict is about."""
     a = m.answers
     tiles = [
-        {"value": f"{t.ratio.value:.2f} ×", "around": f"{t.ratio.low:.2f} to {t.ratio.high:.2f}", "what": f"speed, batch {t.batch}"}
+        {
+            "value": f"{t.ratio.value:.2f} ×",
+            "around": f"{t.ratio.low:.2f} to {t.ratio.high:.2f}",
+            "what": f"speed, batch {t.batch}",
+        }
         for t in m.latency
         if t.ratio
     ]
     if a.difference:
         d = a.difference
-        tiles.append({"value": signed(d.value), "around": f"{signed(d.low)} to {signed(d.high)}", "what": "points of accuracy"})
+        tiles.append(
+            {"value": signed(d.value), "around": f"{signed(d.low)} to {signed(d.high)}", "what": "points of accuracy"}
+        )
     elif a.features:
         f = a.features
-        tiles.append({"value": f"{f.mean * 100:.1f} %", "around": f"{f.worst * 100:.1f} % at worst", "what": "feature error"})
+        tiles.append(
+            {"value": f"{f.mean * 100:.1f} %", "around": f"{f.worst * 100:.1f} % at worst", "what": "feature error"}
+        )
     if a.agreement:
         s = a.agreement
         tiles.append(
-            {"value": f"{s.value * 100:.1f} %", "around": f"{s.low * 100:.1f} to {s.high * 100:.1f}", "what": "same answers"}
+            {
+                "value": f"{s.value * 100:.1f} %",
+                "around": f"{s.low * 100:.1f} to {s.high * 100:.1f}",
+                "what": "same answers",
+            }
         )
-    if m.drift:
-        t = m.drift.total_variation
+    looked = drifted(proof, m)
+    if looked and looked.drift:
+        t = looked.drift.total_variation
         tiles.append(
-            {"value": f"{t.value * 100:.1f} %", "around": f"{t.low * 100:.1f} to {t.high * 100:.1f}", "what": "attention drift"}
+            {
+                "value": f"{t.value * 100:.1f} %",
+                "around": f"{t.low * 100:.1f} to {t.high * 100:.1f}",
+                "what": "attention drift" + (f", {looked.name}" if looked is not m else ""),
+            }
         )
     return tiles
 
 
 def _latency_chart(proof: Proof, batch: int, focus: Measured) -> dict[str, Any]:
-    """One box a model, every sample a point. A stray slow sample must not squeeze the boxes: it is cut off and counted."""
+    """One box a model, every sample a point. Stray slow samples must not squeeze the boxes: cut off and counted."""
     timed = {m.name: next(t for t in m.latency if t.batch == batch) for m in proof.models if m.latency}
     edge = 1.1 * max(float(np.percentile(t.samples, 95)) for t in timed.values())
     beyond = sum(sample > edge for t in timed.values() for sample in t.samples)
@@ -154,7 +173,12 @@ def _damage(m: Measured) -> dict[str, Any]:
     shown = classes if len(classes) <= CLASSES_SHOWN else classes[: CLASSES_SHOWN - 5] + classes[-5:]
     longest = max(abs(c.difference) for c in classes) or 1.0
     bars = [
-        {"c": c, "points": signed(c.difference), "bar": f"{abs(c.difference) / longest * 50:.1f}", "loss": c.difference < 0}
+        {
+            "c": c,
+            "points": signed(c.difference),
+            "bar": f"{abs(c.difference) / longest * 50:.1f}",
+            "loss": c.difference < 0,
+        }
         for c in shown
     ]
     return {"name": m.name, "bars": bars, "left_out": len(classes) - len(shown)}
@@ -162,7 +186,12 @@ def _damage(m: Measured) -> dict[str, Any]:
 
 def _moves(m: Measured) -> dict[str, Any]:
     changed = m.answers.changed
-    return {"name": m.name, "n": len(changed), "listed": changed[:CHANGED_LISTED], "left_out": max(0, len(changed) - CHANGED_LISTED)}
+    return {
+        "name": m.name,
+        "n": len(changed),
+        "listed": changed[:CHANGED_LISTED],
+        "left_out": max(0, len(changed) - CHANGED_LISTED),
+    }
 
 
 def _is_changed(p: Picture) -> bool:

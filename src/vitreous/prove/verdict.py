@@ -24,6 +24,11 @@ def focus(proof: Proof) -> Measured:
     return max(timed, key=lambda m: m.latency[-1].ratio.value) if timed else others[-1]  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def drifted(proof: Proof, m: Measured) -> Measured | None:
+    """`m` if its attention could be compared, or else the last model whose could: a shipped file came from one."""
+    return m if m.drift else next((other for other in reversed(proof.models) if other.drift), None)
+
+
 def verdict(proof: Proof) -> Verdict:
     """What `focus(proof)` gained and lost against the reference."""
     m, reference = focus(proof), proof.models[0]
@@ -45,10 +50,12 @@ def verdict(proof: Proof) -> Verdict:
         smaller = reference.cost.bytes / m.cost.bytes
         if abs(smaller - 1) > 0.02:
             long.append(f"Its weights take {1 / smaller:.0%} of the bytes.".replace("%", " %"))
-    if m.drift:
-        moved = m.drift.total_variation
+    looked = drifted(proof, m)
+    if looked and looked.drift:
+        moved = looked.drift.total_variation
+        whose = "its attention" if looked is m else f"the attention of “{looked.name}”"
         long.append(
-            f"{moved.value * 100:.1f} % of its attention moved elsewhere ({moved.low * 100:.1f} to {moved.high * 100:.1f})."
+            f"{moved.value * 100:.1f} % of {whose} moved elsewhere ({moved.low * 100:.1f} to {moved.high * 100:.1f})."
         )
     return Verdict(", ".join(short), long, m)
 
@@ -75,6 +82,9 @@ def _accuracy(m: Measured, images: int, long: list[str]) -> list[str]:
         return [f"features {error} away"]
     if a.agreement is not None:
         s = a.agreement
-        long.append(f"It gives the same answer for {s.value * 100:.1f} % of the images ({s.low * 100:.1f} to {s.high * 100:.1f}).")
+        long.append(
+            f"It gives the same answer for {s.value * 100:.1f} % of the images "
+            f"({s.low * 100:.1f} to {s.high * 100:.1f})."
+        )
         return [f"same answer for {s.value * 100:.1f} %"]
     return []

@@ -1,0 +1,215 @@
+"""The figures of docs/benchmarks.md: Vitreous beside its peers, each set of models timed interleaved in one run.
+
+    python benchmarks/spine.py bundled --data /usr/share/datasets/fashion-mnist   # accuracy on all 10,000 test images, and speed
+    python benchmarks/spine.py deit                                              # speed of DeiT-S/16 at 224, random weights
+    python benchmarks/spine.py dinov2 --weights W.safetensors --photos FOLDER     # feature error of each step on real photographs
+
+Needs `pip install -e ".[bench]"`. Writes docs/results/<name>.json and prints the table as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import vitreous as vt
+from vitreous.prove import Proof
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+class Peer:
+    """Another tool's model behind the interface that `prove` measures."""
+
+    def __init__(self, kind: str, run: Callable[[np.ndarray], np.ndarray], size: int) -> None:
+        self.kind, self.run, self.bytes = kind, run, size
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.run(np.ascontiguousarray(x.numpy())))
+
+
+def size_of(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.parent.glob(path.stem + ".*"))
+
+
+def onnxruntime(path: Path, kind: str, threads: int) -> Peer:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return Peer(kind, lambda x: session.run(None, {name: x})[0], size_of(path))
+
+
+def onnxruntime_int8(path: Path, threads: int) -> Peer:
+    """ONNX Runtime's dynamic quantization, as its documentation recommends for transformers."""
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    ready, target = path.with_name("ort-ready.onnx"), path.with_name("ort-int8.onnx")
+    quant_pre_process(path, ready, skip_symbolic_shape=True)
+    quantize_dynamic(ready, target)
+    return onnxruntime(target, "ONNX Runtime int8 dynamic", threads)
+
+
+def nncf_int8(path: Path, images: Tensor, threads: int) -> Peer:
+    """NNCF's post-training quantization with its transformer preset, on the same calibration images."""
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    data = nncf.Dataset(images.split(1), lambda x: x.numpy())
+    model = nncf.quantize(
+        ov.Core().read_model(path), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images)
+    )
+    target = path.with_name("nncf.xml")
+    ov.save_model(model, target, compress_to_fp16=False)
+    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(target, "CPU", config)
+    return Peer("OpenVINO int8 by NNCF", lambda x: compiled(x)[0], size_of(target))
+
+
+class Bf16(nn.Module):
+    """timm's model under bf16 autocast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.num_classes = model.num_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x).float()
+
+
+def field(model: nn.Module, images: Tensor, keep: float, r: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Every model of a comparison; the first is the reference."""
+    evit = vt.slim(model, vt.tokens.EViT(keep=keep))
+    steps = [vt.tokens.EViT(keep=keep), vt.quant.RepQ(weights=8, activations=8)]
+    variants = {
+        "original": model,
+        "tome": vt.slim(model, vt.tokens.ToMe(r=r)),
+        "evit": evit,
+        "repq": vt.slim(model, steps[1], images),
+        "both": vt.slim(model, steps, images),
+    }
+    for name, variant in variants.items():
+        vt.ship(variant, folder / f"{name}.xml", example=images[:16])
+    vt.ship(model, folder / "original.onnx", example=images[:16])
+    run = lambda name: vt.Runtime(folder / f"{name}.xml", threads=threads)
+    models: dict[str, Any] = {
+        "timm fp32 eager": model,
+        "timm bf16": Bf16(model),
+        f"ToMe r={r}, eager": variants["tome"],
+        "ONNX Runtime fp32": onnxruntime(folder / "original.onnx", "ONNX Runtime fp32", threads),
+        "ONNX Runtime int8": onnxruntime_int8(folder / "original.onnx", threads),
+        "OpenVINO fp32": run("original"),
+        "NNCF int8": nncf_int8(folder / "original.xml", images, threads),
+        f"Vitreous ToMe r={r}": run("tome"),
+        f"Vitreous EViT {keep}": run("evit"),
+        "Vitreous RepQ W8A8": run("repq"),
+        f"Vitreous EViT {keep} + RepQ W8A8": run("both"),
+    }
+    return models
+
+
+def show(proof: Proof, name: str) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    proof.save(RESULTS / f"{name}.json")
+    batches = proof.batches
+    head = ["model", "accuracy %", "Δ points [95 %]", *(f"b{b} ms/image" for b in batches), *(f"b{b} ×" for b in batches), "MB"]
+    print(f"\n{proof.data}, {proof.images} images, {proof.threads} threads, {proof.machine.get('cpu', '')}, {proof.date}, seed {proof.seed}\n")
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for m in proof.models:
+        a, d = m.answers.accuracy, m.answers.difference
+        times = {t.batch: t for t in m.latency}
+        cells = [m.name, f"{100 * a.value:.2f}" if a else "–"]
+        cells.append(f"{100 * d.value:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]" if d else "–")
+        cells += [f"{times[b].median:.3f}" if b in times else "simulated" for b in batches]
+        cells += [f"{r.value:.2f}" if b in times and (r := times[b].ratio) else "–" for b in batches]
+        cells.append(f"{m.cost.bytes / 1e6:.1f}" if m.cost.bytes else "–")
+        print("| " + " | ".join(cells) + " |")
+
+
+def bundled(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:
+    model = vt.open()
+    images = vt.data.calibration("sample", model, 128, a.seed)
+    data = vt.data.open_data("fashion-mnist", model, root=a.data)
+    models = field(model, images, a.keep or 0.7, 2, a.threads, folder)
+    show(vt.prove(models, data, batches=(1, 64), seconds=a.seconds, threads=a.threads, seed=a.seed, progress=progress), "bundled")
+
+
+def deit(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:
+    torch.manual_seed(a.seed)
+    model = vt.open("deit_small_patch16_224")
+    images = torch.randn(32, 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
+    models = field(model, images, a.keep or 0.5, 13, a.threads, folder)
+    data = (images[:16], None)
+    show(vt.prove(models, data, batches=(1, 16), seconds=a.seconds, threads=a.threads, seed=a.seed, progress=progress), "deit")
+
+
+def dinov2(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:
+    model = vt.open("vit_small_patch14_dinov2", checkpoint=a.weights, img_size=224)
+    data = vt.data.open_data(a.photos, model)
+    images = data.tensor(range(32))
+    steps: dict[str, list[vt.Step]] = {
+        "EViT 0.9": [vt.tokens.EViT(keep=0.9)],
+        "EViT 0.7": [vt.tokens.EViT(keep=0.7)],
+        "ToMe r=8": [vt.tokens.ToMe(r=8)],
+        "Heads 10 %": [vt.prune.Heads(share=0.1)],
+        "MinMax W8A8": [vt.quant.MinMax()],
+        "RepQ W8A8": [vt.quant.RepQ()],
+        "RepQ W4A4": [vt.quant.RepQ(weights=4, activations=4)],
+        "ToMe r=8 + RepQ W8A8": [vt.tokens.ToMe(r=8), vt.quant.RepQ()],
+    }
+    models: dict[str, Any] = {"original": model, **{n: vt.slim(model, s, images) for n, s in steps.items()}}
+    path = folder / "shipped.xml"
+    print(vt.ship(models["ToMe r=8 + RepQ W8A8"], path, example=data.tensor(range(16))))
+    models["shipped: ToMe r=8 + RepQ W8A8"] = vt.Runtime(path, threads=a.threads)
+    proof = vt.prove(models, data, batches=(1, 16), seconds=a.seconds, threads=a.threads, seed=a.seed, progress=progress)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    proof.save(RESULTS / "dinov2.json")
+    print(f"\n{proof.data}, {proof.images} photographs, {proof.machine.get('cpu', '')}, {proof.date}\n")
+    print("| step | feature error, mean | worst | cosine, mean | attention drift | b16 × |\n|---|---|---|---|---|---|")
+    for m in proof.models[1:]:
+        f, d = m.answers.features, m.drift
+        assert f is not None
+        ratio = next((t.ratio for t in m.latency if t.batch == 16), None)
+        moved = f"{d.total_variation.value:.3f}" if d else "–"
+        speed = f"{ratio.value:.2f}" if ratio else "simulated" if m.simulated else "–"
+        print(f"| {m.name} | {f.mean:.4f} | {f.worst:.3f} | {f.mean_cosine:.5f} | {moved} | {speed} |")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("bundled", "deit", "dinov2"))
+    p.add_argument("--data", default=None, help="folder with Fashion-MNIST's IDX files")
+    p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names")
+    p.add_argument("--photos", help="folder of photographs")
+    p.add_argument("--keep", type=float, default=None)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--seconds", type=float, default=60.0)
+    p.add_argument("--seed", type=int, default=0)
+    a = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder, Progress() as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, share: float) -> None:
+            tasks[what] = tasks[what] if what in tasks else bar.add_task(what, total=1.0)
+            bar.update(tasks[what], completed=share)
+
+        {"bundled": bundled, "deit": deit, "dinov2": dinov2}[a.what](a, Path(folder), progress)
+
+
+if __name__ == "__main__":
+    main()

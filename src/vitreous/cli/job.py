@@ -1,0 +1,191 @@
+"""The main job behind `vitreous slim`: open, choose, slim, ship, prove, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import quant, see, store, tokens
+from ..anatomy import read
+from ..data import Data, calibration, open_data
+from ..errors import VitreousError
+from ..prove import Picture, Proof, interleave, prove, write_report
+from ..ship import Runtime, ship
+from ..steps import Recipe, history_of, slim
+
+KEEPS = (0.5, 0.6, 0.7, 0.8, 0.9)
+CHOOSING = 1000  # images on which the default recipe is chosen
+PICTURES = 12
+
+
+class Job:
+    """One run into `folder`; `progress` is told what is being done and the share of it that is done."""
+
+    def __init__(
+        self,
+        folder: Path,
+        data: str,
+        seed: int,
+        threads: int | None,
+        budget: float,
+        limit: int | None,
+        progress: Callable[[str, float], None],
+    ) -> None:
+        self.folder, self.source, self.seed, self.threads = folder, data, seed, threads
+        self.budget, self.limit, self.progress = budget / 100, limit, progress
+        self.notes: list[str] = []
+
+    def run(
+        self,
+        model: str | None,
+        recipe: Recipe | None,
+        calibrate: int | None,
+        pretrained: bool,
+        checkpoint: Path | None,
+        download: bool,
+        extra: dict[str, Any],
+    ) -> Proof:
+        """Do the whole job; everything it writes lies in the folder when it returns."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        self.progress("opening model and data", 0.0)
+        net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **extra)
+        data = open_data(
+            self.source,
+            net,
+            limit=self.limit,
+            seed=self.seed,
+            download=download,
+            progress=lambda done, total: self.progress("looking through the data", done / max(total, 1)),
+        )
+        if data.skipped:
+            self.notes.append(f"{len(data.skipped)} files skipped, named in the report and in proof.json")
+        images = self._calibration(net, calibrate, download)
+        before = history_of(net).steps()
+        small, precision = (slim(net, recipe, images, self.progress), None) if recipe else self._choose(net, data, images)
+        self.progress("writing files", 0.0)
+        store.save_model(small, self.folder / "model.safetensors")
+        example = data.tensor(range(min(8, len(data))))
+        shipments = []
+        for i, name in enumerate(("model.onnx", "model.xml")):
+            self.progress("exporting and checking", i / 2)
+            shipments.append(ship(small, self.folder / name, example=example))
+        self.notes += [str(replace(s, path=Path(s.path.name))) for s in shipments]
+        runtime = Runtime(self.folder / "model.xml", threads=self.threads, precision=precision)
+        models: dict[str, Any] = {"original": net, "slimmed": small, "shipped": runtime}
+        proof = prove(models, data, threads=self.threads, seed=self.seed, progress=self.progress)
+        proof.save(self.folder / "proof.json")
+        self.progress("writing the report", 0.0)
+        done = [str(s) for s in history_of(small).steps()[len(before) :]]
+        title = f"{history_of(net).base['name'] if history_of(net).base else type(net).__name__} on {data.name}"
+        pictures = self._pictures(proof, net, small, data)
+        write_report(proof, self.folder / "report.html", title=title, recipe=done, pictures=pictures, notes=self.notes)
+        return proof
+
+    def _calibration(self, net: nn.Module, n: int | None, download: bool) -> Tensor:
+        if n is not None:
+            return calibration(self.source, net, n, self.seed, download=download)
+        for n in (128, 64, 32, 16, 8, 4, 2):
+            try:
+                return calibration(self.source, net, n, self.seed, download=download)
+            except VitreousError:
+                continue
+        return calibration(self.source, net, 1, self.seed, download=download)
+
+    # ---- the default recipe: as few tokens as the budget allows, then whichever execution is faster within it
+
+    def _choose(self, net: nn.Module, data: Data, images: Tensor) -> tuple[nn.Module, str | None]:
+        chosen = self._tokens(net, data, images)
+        int8 = slim(chosen, [quant.RepQ(weights=8, activations=8)], images, self.progress)
+        candidates: dict[str, tuple[nn.Module, str | None, Any]] = {}
+        for i, (name, model, precision) in enumerate((("int8", int8, None), ("float", chosen, self._float_precision()))):
+            self.progress("trying int8 and float execution", i / 3)
+            path = self.folder / f"try-{name}.xml"
+            ship(model, path, example=data.tensor(range(min(8, len(data)))))
+            candidates[name] = (model, precision, Runtime(path, threads=self.threads, precision=precision))
+        x = data.tensor(np.arange(64) % len(data))
+        runs = {f"{name} {b}": (lambda run=c[2], b=b: run(x[:b])) for name, c in candidates.items() for b in (1, 64)}
+        times = interleave(runs, seconds=3.0, tick=lambda f: self.progress("trying int8 and float execution", 2 / 3 + f / 3))
+        loss = {name: self._loss(net, c[2], data) for name, c in candidates.items()}
+        cost = {n: float(np.median(times[f"{n} 1"]) * np.median(times[f"{n} 64"])) ** 0.5 for n in candidates}
+        within = [n for n in candidates if loss[n] <= self.budget]
+        best = min(within, key=cost.__getitem__) if within else min(candidates, key=loss.__getitem__)
+        for name in candidates:
+            for ending in (".xml", ".bin"):
+                (self.folder / f"try-{name}{ending}").unlink(missing_ok=True)
+        other = next(n for n in candidates if n != best)
+        self.notes.append(
+            f"chose {best} execution: {cost[other] / cost[best]:.2f} times as fast as {other} here, "
+            f"{100 * loss[best]:.1f} points lost against {100 * loss[other]:.1f} on the first {min(CHOOSING, len(data))} images"
+        )
+        return candidates[best][0], candidates[best][1]
+
+    def _tokens(self, net: nn.Module, data: Data, images: Tensor) -> nn.Module:
+        anatomy = read(net)
+        if not anatomy.plain or any(len(getattr(net.get_submodule(b.name), "reducers", ())) for b in anatomy.blocks):
+            self.notes.append("tokens left as they are: " + self._why_no_tokens(net))
+            return net
+        for i, keep in enumerate(KEEPS):
+            self.progress("choosing how many tokens to keep", i / len(KEEPS))
+            small = slim(net, tokens.EViT(keep=keep))
+            if self._loss(net, small, data) <= self.budget / 2:
+                return small
+        self.notes.append(f"tokens left as they are: even keep={KEEPS[-1]} loses over half of the budget")
+        return net
+
+    def _why_no_tokens(self, net: nn.Module) -> str:
+        try:
+            read(net).require_plain("a token step")
+        except VitreousError as reason:
+            return str(reason)
+        return "the model already drops or merges some"
+
+    def _loss(self, net: nn.Module, other: Any, data: Data) -> float:
+        """Points of accuracy (as a share) that `other` loses against `net`; 0 for models that only embed."""
+        if getattr(net, "num_classes", 0) == 0:
+            return 0.0
+        if not hasattr(self, "_right"):
+            self._right = self._accuracy(net, data)
+        return self._right - self._accuracy(other, data)
+
+    def _accuracy(self, model: Any, data: Data) -> float:
+        right = n = 0
+        with torch.inference_mode():
+            for x, y in data.batches(64, limit=CHOOSING):
+                right += int((model(x).argmax(1) == torch.as_tensor(y)).sum())
+                n += len(x)
+        return right / n
+
+    def _float_precision(self) -> str | None:
+        """bf16 where the processor multiplies it, else float32."""
+        return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+    # ---- pictures of the report
+
+    def _pictures(self, proof: Proof, net: nn.Module, small: nn.Module, data: Data) -> list[Picture]:
+        answers = proof["shipped"].answers
+        changed = {c.index: c for c in answers.changed}
+        rest = [i for i in range(len(data)) if i not in changed]
+        indices = [*list(changed)[:PICTURES], *rest][: max(PICTURES, min(len(changed), PICTURES) + 4)]
+        pictures = []
+        for done, i in enumerate(indices):
+            self.progress("drawing pictures", done / len(indices))
+            x, c = data.tensor([i]), changed.get(i)
+            label = data.classes[data.labels[i]] if data.labels is not None and len(data.classes) else None
+            picture = Picture(data.picture(i), f"image {i}", label, c.before if c else None, c.after if c else None)
+            try:
+                picture.attention_before = see.rollout(net, x)[0].numpy()
+                picture.attention_after = see.rollout(small, x)[0].numpy()
+                picture.survival = [(layer, groups[0]) for layer, groups in see.survival(small, x)]
+            except VitreousError:
+                pass  # the report says why there is no drift
+            pictures.append(picture)
+        return pictures
+
+

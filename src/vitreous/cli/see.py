@@ -1,0 +1,71 @@
+"""`vitreous see IMAGE`: where a model looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def see(
+    image: Annotated[Path, typer.Argument(help="a picture file")],
+    model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="local weights for the timm name")] = None,
+    pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
+    img_size: Annotated[int | None, typer.Option(help="input size, where the model is to be built for another")] = None,
+    method: Annotated[str, typer.Option(help="rollout, attention or grad_cam")] = "rollout",
+    tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; beside the picture by default")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace the PNG if it exists")] = False,
+) -> None:
+    """Explain one picture: the heatmap laid over it, as a PNG."""
+    import io
+
+    import torch
+    from PIL import Image
+
+    from .. import see as room
+    from .. import store
+    from ..data.pictures import Unreadable, read_picture
+    from ..data.transform import preparation
+    from ..errors import VitreousError, nearest
+    from ..prove.drawing import enlarge, overlay, survival
+
+    methods = {"rollout": room.rollout, "attention": room.attention, "grad_cam": room.grad_cam}
+    if method not in methods:
+        raise VitreousError(f"unknown method '{method}'{nearest(method, methods) or ': choose ' + ', '.join(methods)}")
+    target = out or image.with_name(f"{image.stem}.{'tokens' if tokens else method}.png")
+    if target.exists() and not overwrite:
+        raise VitreousError(f"{target} exists: give another --out, or --overwrite")
+    sized = {"img_size": img_size} if img_size else {}
+    net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **sized)
+    prepared = preparation(net)
+    try:
+        picture = read_picture(image).convert(prepared.mode)
+    except Unreadable as reason:
+        raise VitreousError(f"{image}: {reason}") from None
+    x, shown = prepared.to_tensor(picture)[None], prepared.view(picture)
+    with torch.no_grad():
+        logits = net(x)
+    panels = [enlarge(shown)]
+    if tokens:
+        maps = room.survival(net, x)
+        if not maps:
+            raise VitreousError("this model drops and merges no tokens: slim it with a token step first")
+        panels += [survival(shown, groups[0]) for _, groups in maps]
+    else:
+        heat = methods[method](net, x)[0].numpy()
+        panels.append(overlay(shown, heat, (0.0, float(heat.max()))))
+    sheet = Image.new("RGBA", (sum(p.width for p in panels) + 8 * (len(panels) - 1), panels[0].height), "white")
+    left = 0
+    for p in panels:
+        sheet.alpha_composite(p.convert("RGBA"), (left, 0))
+        left += p.width + 8
+    buffer = io.BytesIO()
+    sheet.convert("RGB").save(buffer, "PNG")
+    store.write_whole(target, buffer.getvalue())
+    if logits.shape[-1] == getattr(net, "num_classes", 0):
+        best = logits[0].softmax(-1)
+        print(f"class {int(best.argmax())}, probability {float(best.max()):.3f}")
+    print(f"{'tokens' if tokens else method} written to {target}")

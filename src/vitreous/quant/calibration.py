@@ -1,0 +1,109 @@
+"""Look at what passes the quantizers of a model, and choose their grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VitreousError
+from .layers import LogSqrt2, Quantizer, quant_layers
+
+BATCH = 32  # images at a time
+SAMPLES = 2**20  # values kept of one tensor, over all calibration images
+PERCENTILES = (0.999, 0.9999, 0.99999)
+
+Grid = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Watch:
+    """What one quantizer saw over calibration: the range, and a uniform sample of `keep` rows a batch.
+
+    A row is a single value, or with `by_channel` a vector of the last dimension: `low` and `high` are `[G]`, `samples`
+    `[S, G]`, with G = 1 or the number of channels.
+    """
+
+    def __init__(self, name: str, by_channel: bool, keep: int, generator: torch.Generator) -> None:
+        self.name, self.by_channel, self.keep, self.generator = name, by_channel, keep, generator
+        self.low = self.high = torch.zeros(0)
+        self.parts: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        rows = x.detach().float().reshape(-1, x.shape[-1] if self.by_channel else 1)
+        low, high = rows.aminmax(dim=0)
+        if not torch.isfinite(high - low).all():
+            raise VitreousError(
+                f"'{self.name}' is given NaN or infinity on the calibration images: check the transform and the weights"
+            )
+        seen = len(self.low) > 0
+        self.low = torch.minimum(self.low, low) if seen else low
+        self.high = torch.maximum(self.high, high) if seen else high
+        keep = self.keep // rows.shape[1]
+        if len(rows) > keep:
+            rows = rows[torch.randint(len(rows), (keep,), generator=self.generator).to(rows.device)]
+        self.parts.append(rows.clone())
+
+    @property
+    def samples(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+def watch(model: nn.Module, images: Tensor, by_channel: Iterable[str] = (), sample: bool = False) -> dict[str, Watch]:
+    """Run the float model on the calibration images `[N, C, H, W]`; what each activation quantizer saw, by its name.
+
+    With `sample`, values are kept for a search where the grid has fewer than 8 bits: a whole tensor, or a million
+    drawn with a fixed seed. Raises `VitreousError` naming the layer when an activation holds NaN or infinity.
+    """
+    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, (Quantizer, LogSqrt2))}
+    batches = images.split(BATCH)
+    generator = torch.Generator().manual_seed(0)
+    weights, channels = {f"{n}.quant_w" for n in quant_layers(model)}, set(by_channel)
+    watches = {}
+    for name in quantizers.keys() - weights:
+        keep = SAMPLES // len(batches) if sample and quantizers[name].bits < 8 else 0
+        watches[name] = Watch(name.removesuffix(".quant_x"), name in channels, keep, generator)
+    parameter = next(model.parameters())
+    try:
+        for name, quantizer in quantizers.items():
+            quantizer.watcher = watches.get(name, lambda x: None)
+        with torch.no_grad():
+            for batch in batches:
+                model(batch.to(parameter))
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.watcher = None
+    return watches
+
+
+def search(x: Tensor, grid: Grid, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point `[G]` for each column of `x` `[S, G]`: of three percentile ranges the least squared error.
+
+    As in the official code of RepQ-ViT; the paper does not say. `grid` turns a range into scale and zero point, and
+    integers are clipped to `low` … `high`.
+    """
+    shares = x.new_tensor([*(1 - p for p in PERCENTILES), *PERCENTILES])
+    found = []
+    for part in x.split(max(1, 2**23 // len(x)), dim=1):  # torch.quantile takes at most 2^24 values
+        quantiles = torch.quantile(part, shares, dim=0)
+        best = torch.full_like(quantiles[0], torch.inf)
+        scale, zero = torch.ones_like(best), torch.zeros_like(best)
+        for i in range(len(PERCENTILES)):
+            s, z = grid(quantiles[i], quantiles[i + len(PERCENTILES)])
+            q = ((part / s).round() + z).clamp(low, high)
+            error = ((q - z) * s - part).square().mean(0)
+            better = error < best
+            best, scale = torch.where(better, error, best), torch.where(better, s, scale)
+            zero = torch.where(better, z, zero)
+        found.append((scale, zero))
+    return torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
+
+
+def snap(model: nn.Module) -> None:
+    """Put every quantized weight on its grid, once, so that no value lies past the limit of a reduced range."""
+    for layer in quant_layers(model).values():
+        w, q = layer.weight.data, layer.quant_w
+        if q.symmetric:
+            reach = (q.scale * q.limit).reshape(-1, *[1] * (w.ndim - 1))
+            w.copy_(torch.minimum(torch.maximum(w, -reach), reach))
+        w.copy_(q(w))

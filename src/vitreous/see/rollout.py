@@ -1,0 +1,80 @@
+"""Attention rollout: attention multiplied through the layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import traced
+from ..errors import VitreousError
+from ..glass import glass
+from .patches import class_row, grid_of, on_grid, run, still
+
+FUSE = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}
+
+
+def rollout(model: nn.Module, x: Tensor, fuse: Literal["mean", "max", "min"] = "mean", discard: float = 0.0) -> Tensor:
+    """Heatmaps `[B, h, w]`: the share of each patch in what the model reads out, if attention alone moved information.
+
+    Abnar & Zuidema, "Quantifying Attention Flow in Transformers" (2020), section 3: each layer's attention, fused over
+    heads, plus the identity for the residual, every row divided by its sum; the product over the layers, row of the
+    class token. A model that averages its patches is read by the mean of their rows, one that pools by attention by
+    that.
+
+    Where a token step shortens the sequence, the product goes on through the shares of the old tokens in the new ones.
+
+    Args:
+        x: images `[B, C, H, W]`.
+        fuse: how to join the heads; "max" and "min", and `discard`, are not in the paper but in Gildenblat's
+            vit-explain.
+        discard: share in [0, 1) of each image's smallest attentions to drop in every layer; those among the class and
+            other prefix tokens stay.
+
+    Raises `VitreousError` when a layer does not attend over the whole sequence (windows, pooled keys, channels).
+    """
+    if fuse not in FUSE:
+        raise VitreousError(f"see.rollout cannot fuse heads by {fuse!r}: choose mean, max or min")
+    if not 0 <= discard < 1:
+        raise VitreousError(f"see.rollout: discard must lie in [0, 1), not {discard}")
+    anatomy, (h, w) = grid_of(model, x, "see.rollout")
+    block_of = {b.attention.name: b.name for b in anatomy.blocks}
+    with torch.no_grad(), still(model), traced(model) as trace, glass(model, reduce=FUSE[fuse]) as g:
+        run(model, x)
+    if not g.views:
+        raise VitreousError(f"no attention of {anatomy.kind} was seen while it ran: use see.grad_cam")
+    # Only one row of the product is wanted, so it is taken from the last layer to the first: vectors times matrices.
+    tokens = trace[-1].tokens if trace else anatomy.prefix + h * w
+    row = torch.zeros(len(x), 1, tokens, device=x.device)
+    if class_row(anatomy):
+        row[..., 0] = 1
+    else:
+        row[..., anatomy.prefix :] = 1 / (tokens - anatomy.prefix)
+    for view in reversed(g.views):
+        assert view.attention is not None
+        a = view.attention.float()
+        for r in reversed([r for r in trace if r.layer == block_of.get(view.name)]):
+            row = row @ r.matrix().float()
+            tokens = r.into.shape[1]
+        pooling = view.name not in block_of  # without a residual around it, and of few queries
+        if a.ndim != 3 or len(a) != len(x) or a.shape[2] != tokens or (a.shape[1] != tokens and not pooling):
+            raise VitreousError(
+                f"see.rollout multiplies attention over one sequence of tokens; layer '{view.name}' of {anatomy.kind} "
+                f"attends {' × '.join(map(str, a.shape[1:]))} where {tokens} tokens are (windows, pooling, channels): "
+                "use see.grad_cam"
+            )
+        if pooling:
+            row = a.mean(1, keepdim=True)
+            continue
+        a = _discard(a, discard, anatomy.prefix) + torch.eye(tokens, device=a.device)
+        row = row @ (a / a.sum(-1, keepdim=True))
+    return on_grid(row[:, 0], (h, w))
+
+
+def _discard(a: Tensor, share: float, prefix: int) -> Tensor:
+    """`[B, N, N]` without the `share` of entries that are smallest in each image."""
+    low = a.flatten(1).topk(int(a[0].numel() * share), largest=False).indices
+    kept = a.flatten(1).scatter(1, low, 0.0).view_as(a)
+    kept[:, :prefix, :prefix] = a[:, :prefix, :prefix]
+    return kept

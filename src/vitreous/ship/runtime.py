@@ -1,0 +1,177 @@
+"""Run a shipped file the way a program without this library would."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import VitreousError
+
+PRECISIONS = ("f32", "bf16", "f16")
+SAID = {"f32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "float16": "fp16"}
+INTEGER_OPS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger"}
+
+
+class Runtime:
+    """A shipped model ready to run: images [B, C, H, W] float32 in, logits [B, K] float32 out.
+
+    `.xml` runs in OpenVINO and `.onnx` in ONNX Runtime (in OpenVINO where that is not installed), both on the CPU. A
+    `.pt2` is not run here: torch unpickles it, so whoever trusts one calls `torch.export.load`.
+
+    `threads` is how many cores one call uses, None for as many as torch does. `precision` asks OpenVINO to compute
+    what is not integers in "f32" (also None), "bf16" or "f16"; the attribute `precision` says what the processor
+    really does, which is fp32 where it lacks the instructions.
+
+    A file with a dynamic batch takes any batch; one with a fixed batch takes that one.
+    Raises VitreousError for a file that is missing, truncated or not such a file, and for images that do not fit.
+
+    Attributes:
+        path: the file. engine: "OpenVINO" or "ONNX Runtime". threads: as above.
+        precision: "int8", "fp32", "bf16" or "fp16", of most of the work. integer_ops: matmuls and convolutions run in
+        integers on this machine. shape: (batch or None, C, H, W).
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, precision: str | None = None) -> None:
+        self.path = Path(path)
+        self.threads = threads or torch.get_num_threads()
+        if self.path.suffix not in (".onnx", ".xml"):
+            advice = "; torch.export.load runs it, and unpickles it" if self.path.suffix == ".pt2" else ""
+            raise VitreousError(f"{path} is not run here: its name has to end in .onnx or .xml{advice}")
+        if precision is not None and precision not in PRECISIONS:
+            raise VitreousError(f"no precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+        missing = [file for file in files(self.path) if not file.is_file()]
+        if missing:
+            raise VitreousError(f"{missing[0]} does not exist; a shipped .xml needs its .bin beside it")
+        load = self._load_openvino if self.path.suffix == ".xml" else self._load_onnx
+        try:
+            self._run = load(precision or "f32")
+        except VitreousError:
+            raise
+        except Exception as error:  # each engine has its own kinds; the last line is the plainest
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise VitreousError(f"{path} cannot be run, it may be truncated or not a model: {reason}") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        if images.ndim != 4 or any(have not in (None, got) for have, got in zip(self.shape, images.shape, strict=True)):
+            wanted = "x".join("any" if size is None else str(size) for size in self.shape)
+            raise VitreousError(f"{self.path.name} takes images of {wanted}, not {'x'.join(map(str, images.shape))}")
+        return torch.from_numpy(self._run(np.ascontiguousarray(images.detach().cpu().float().numpy())))
+
+    @property
+    def kind(self) -> str:
+        """Who runs it and in what, as "OpenVINO int8"."""
+        return f"{self.engine} {self.precision}"
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk, all files together."""
+        return sum(file.stat().st_size for file in files(self.path))
+
+    @cached_property
+    def macs(self) -> int | None:
+        """Multiply-accumulates for one image in the file's own matmuls and convolutions; None when not countable."""
+        model = self._graph()
+        if self.shape[0] is None:
+            model.reshape([1, *self.shape[1:]])
+        try:
+            return sum(_macs(op) for op in model.get_ops()) // (self.shape[0] or 1)
+        except RuntimeError:  # a shape that is known only while running
+            return None
+
+    @cached_property
+    def parameters_count(self) -> int:
+        """Numbers stored in the file's weights, the quantization scales among them."""
+        weights = {"f32", "f16", "bf16", "i8", "u8"}
+        stored = (op for op in self._graph().get_ops() if op.get_type_name() == "Constant")
+        return sum(
+            math.prod(op.get_output_shape(0)) for op in stored if op.get_element_type().get_type_name() in weights
+        )
+
+    def _graph(self) -> Any:
+        """The file as OpenVINO's graph, which reads ONNX too."""
+        import openvino
+
+        return openvino.Core().read_model(self.path)
+
+    def _load_openvino(self, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+        import openvino
+
+        core = openvino.Core()
+        if self.path.suffix == ".xml" and not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
+            raise VitreousError(f"{self.path} is not an OpenVINO model: it is not XML")  # or every front end tries it
+        # Tried and of no use on two cores: pinning on or off, THROUGHPUT, and a fixed shape instead of the dynamic one.
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        compiled = core.compile_model(core.read_model(self.path), "CPU", settings)
+        self.engine = "OpenVINO"
+        self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+        said = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+        heavy = [i for i in info if i["layerType"].astype(str) in ("FullyConnected", "MatMul", "Convolution")]
+        self.integer_ops = sum(i["runtimePrecision"].astype(str) in ("i8", "u8") for i in heavy)
+        self.precision = "int8" if self.integer_ops else SAID.get(said, said)
+        sizes = compiled.input(0).get_partial_shape()
+        self.shape = tuple(None if size.is_dynamic else size.get_length() for size in sizes)
+        return lambda images: compiled(images, share_inputs=True)[0]
+
+    def _load_onnx(self, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+        try:
+            import onnxruntime
+        except ImportError:
+            return self._load_openvino(precision)
+        if precision != "f32":
+            raise VitreousError(f"ONNX Runtime runs on the CPU in f32, not {precision}; ship to .xml for that")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        # Without VNNI the fast kernel adds pairs of products in 16 bits and overflows; this one is exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        # Threads that wait for work must not keep a core from whoever is measured next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        with tempfile.TemporaryDirectory() as folder:
+            options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+            session = onnxruntime.InferenceSession(
+                str(self.path),
+                options,
+                providers=["CPUExecutionProvider"],
+                # With a fixed batch it makes a float Gemm of every quantized linear.
+                disabled_optimizers=["MatMulAddFusion"],
+            )
+            import onnx
+
+            optimized = onnx.load(options.optimized_model_filepath)
+        self.engine = "ONNX Runtime"
+        self.integer_ops = sum(node.op_type in INTEGER_OPS for node in optimized.graph.node)
+        self.precision = "int8" if self.integer_ops else "fp32"
+        given = session.get_inputs()[0]
+        self.shape = tuple(size if isinstance(size, int) else None for size in given.shape)
+        return lambda images: np.asarray(session.run(None, {given.name: images})[0])
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """What a shipped model consists of."""
+    return (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+
+
+def _macs(op: Any) -> int:
+    kind = op.get_type_name()
+    if kind not in ("MatMul", "Convolution", "GroupConvolution"):
+        return 0
+    out = math.prod(op.get_output_shape(0))  # raises RuntimeError when dynamic
+    if kind == "MatMul":
+        return out * op.get_input_shape(0)[-2 if op.get_attributes().get("transpose_a") else -1]
+    kernel = op.get_input_shape(1)  # [out, in, ...] or, in groups, [groups, out, in, ...]
+    return out * math.prod(kernel[1 if kind == "Convolution" else 2 :])

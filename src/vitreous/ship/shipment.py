@@ -1,0 +1,241 @@
+"""Export a model to a file, and hand it over only when the file computes what the model computes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from ..errors import VitreousError
+from .export import is_quantized, quiet, to_onnx, trace
+from .runtime import Runtime, files
+
+FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
+FLOAT_TOLERANCE = 1e-3
+# Two correct integer runtimes do not agree to the last digit: a difference of 1e-7 moves a value across a rounding
+# edge now and then, and the next layers multiply that. On a random six-block ViT they part by 2e-2, a runtime whose
+# kernels overflow by 1.5e-1.
+INT8_TOLERANCE = 5e-2
+WORST = 10  # the worst logit may be this much further off than the mean
+BATCHES = (1, 3, 16)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the file's logits are from the model's, on the same images.
+
+    mean = mean|a - b| / mean|b| and worst = max|a - b| / max|b| over all logits, agreement = share of images with the
+    same first class, batches = the batch sizes tried.
+    """
+
+    mean: float
+    worst: float
+    agreement: float
+    batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        batches = ", ".join(map(str, self.batches))
+        return f"mean error {self.mean:.1e}, worst {self.worst:.1e}, same top-1 {self.agreement:.0%} (batch {batches})"
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """A file that was written and found to compute what its model computes.
+
+    format: "onnx", "openvino" or "pt2". bytes: all files together. batch: the fixed batch, None for any.
+    precision: of the weights in the file, "fp32" or "int8". integer_ops: how many matmuls and convolutions run in
+    integers on this machine.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    format: str
+    bytes: int
+    batch: int | None
+    parity: Parity
+    precision: str
+    integer_ops: int
+
+    def __str__(self) -> str:
+        integers = f", {self.integer_ops} operators in integers" if self.precision == "int8" else ""
+        return f"{self.path} ({self.format} {self.precision}{integers}, {self.bytes / 1e6:.1f} MB): {self.parity}"
+
+
+def ship(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example: Tensor | None = None,
+    batch: int | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> Shipment:
+    """Write `model` to `path` and check the file against it.
+
+    The ending decides the format: `.onnx`, `.xml` (OpenVINO, with a `.bin` beside it) or `.pt2` (torch.export).
+    Fake-quantized linears become real integers with the model's own scales in the first two; `.pt2` keeps them
+    simulated.
+
+    Args:
+        model: an `nn.Module` on the CPU, images [B, C, H, W] float32 to one tensor of logits. It is run in eval mode,
+            and left in the mode it was in.
+        example: images [B, C, H, W] to check with; None for seeded noise of `model.pretrained_cfg["input_size"]`. Noise
+            tells nothing about a trained model's worst case: give real images where there are some.
+        batch: the only batch size the file is to take; None for any.
+        tolerance: largest mean relative error (the worst may be ten times that); None for 1e-3, or 5e-2 for integers.
+        overwrite: replace files that exist.
+
+    Raises VitreousError, with nothing left behind, for an unknown ending, a file that exists, a model that cannot be
+    exported, a file that cannot be written, and a file whose logits differ by more than the tolerance.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise VitreousError(f"cannot tell a format from {path.name!r}: use an ending of {', '.join(FORMATS)}")
+    if batch is not None and batch < 1:
+        raise VitreousError(f"batch is {batch}: give a size of at least 1, or None for any")
+    if reason := getattr(model, "simulated", None):
+        raise VitreousError(f"{path.name} is not written: {reason}. Quantize to 8 bits to ship the model")
+    present = [file for file in files(path) if file.exists()]
+    if present and not overwrite:
+        raise VitreousError(f"{present[0]} exists: choose another name, or ask to overwrite it")
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        raise VitreousError("the model is not on the CPU: call model.cpu() before shipping it")
+    batches = BATCHES if batch is None else (batch,)
+    images = _images(model, example, max(batches[-1], 2))
+    with _evaluating(model), _written_aside(path) as aside:
+        # traced with two images: torch takes a batch of one for a constant
+        program = trace(model, images[: batch or 2], dynamic=batch is None)
+        _write(program, aside)
+        runtime = None if path.suffix == ".pt2" else Runtime(aside)
+        parity = _compare(model, runtime or _reloaded(aside), [images[:size] for size in batches])
+        integers = is_quantized(program) and runtime is not None
+        limit = tolerance if tolerance is not None else INT8_TOLERANCE if integers else FLOAT_TOLERANCE
+        if not (parity.mean <= limit and parity.worst <= WORST * limit):  # so that NaN is refused
+            advice = "; on a processor without VNNI int8 kernels overflow: 7-bit weights do not" if integers else ""
+            kind = runtime.kind if runtime else "torch"
+            what = f"{path.name} does not compute in {kind} what the model does, so it is not shipped"
+            raise VitreousError(f"{what}: {parity}, allowed {limit:g}{advice}")
+        size = sum(file.stat().st_size for file in files(aside))
+    return Shipment(
+        path=path,
+        files=files(path),
+        format=FORMATS[path.suffix],
+        bytes=size,
+        batch=batch,
+        parity=parity,
+        precision="int8" if integers else "fp32",
+        integer_ops=runtime.integer_ops if runtime else 0,
+    )
+
+
+def _images(model: nn.Module, example: Tensor | None, count: int) -> Tensor:
+    """`count` images to trace and check with."""
+    if example is not None:
+        if example.ndim != 4 or len(example) == 0:
+            raise VitreousError(f"example has shape {tuple(example.shape)}: give images [B, C, H, W]")
+        return example.detach().cpu().float()[torch.arange(count) % len(example)]
+    config = getattr(model, "pretrained_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
+    if not size:
+        raise VitreousError(f"{type(model).__name__} has no pretrained_cfg with an input_size: give example images")
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _write(program: ExportedProgram, path: Path) -> None:
+    """Write the program to `path`. Raises VitreousError or OSError when it cannot be converted or written."""
+    if path.suffix == ".pt2":
+        buffer = io.BytesIO()  # torch's own file writer ends the process on a full disk
+        torch.export.save(program, buffer)
+        path.write_bytes(buffer.getbuffer())
+    elif path.suffix == ".onnx":
+        path.write_bytes(to_onnx(program).SerializeToString())
+    else:
+        _write_openvino(to_onnx(program), path)
+
+
+def _write_openvino(model: ModelProto, path: Path) -> None:
+    import openvino
+
+    try:
+        openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
+    except RuntimeError as error:  # also how it reports a full disk, without saying so
+        free = shutil.disk_usage(path.parent).free / 1e6
+        reason = str(error).strip().splitlines()[-1]
+        raise VitreousError(f"{path.name} cannot be written with {free:.1f} MB free on the disk: {reason}") from error
+
+
+def _reloaded(path: Path) -> nn.Module:
+    """The .pt2 we wrote ourselves: loading one unpickles it, which is no way to open a stranger's."""
+    with quiet():
+        return torch.export.load(path).module()
+
+
+def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Parity:
+    with torch.no_grad():
+        expected = [model(images) for images in batches]
+    if any(not isinstance(logits, Tensor) or logits.ndim != 2 for logits in expected):
+        raise VitreousError(f"{type(model).__name__} does not return one tensor [B, K]: wrap it in a module that does")
+    wanted, got = torch.cat(expected).float(), torch.cat([run(images) for images in batches])
+    if not wanted.isfinite().all():
+        raise VitreousError(f"{type(model).__name__} itself returns NaN or infinity on the example images")
+    off = (got - wanted).abs()
+    return Parity(
+        mean=(off.mean() / wanted.abs().mean()).item(),
+        worst=(off.max() / wanted.abs().max()).item(),
+        agreement=(got.argmax(1) == wanted.argmax(1)).float().mean().item(),
+        batches=tuple(len(images) for images in batches),
+    )
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; what was written there takes `path`'s place once the body is through."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            aside = Path(folder, path.name)
+            yield aside
+            _put_in_place(files(aside), files(path), Path(folder))
+    except OSError as error:
+        raise VitreousError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _put_in_place(made: tuple[Path, ...], places: tuple[Path, ...], folder: Path) -> None:
+    """All files or none. An .xml goes first and comes last: what stands there always fits its .bin."""
+    moved: list[tuple[Path, Path]] = []
+
+    def move(source: Path, to: Path) -> None:
+        os.replace(source, to)
+        moved.append((source, to))
+
+    try:
+        for place in places:
+            if place.exists():
+                move(place, folder / f"old-{place.name}")
+        for source, place in reversed(list(zip(made, places, strict=True))):
+            move(source, place)
+    except BaseException:
+        for source, to in reversed(moved):
+            os.replace(to, source)
+        raise

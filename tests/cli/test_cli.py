@@ -1,0 +1,226 @@
+"""The command line as a person uses it: the main job, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import vitreous as vt
+from vitreous.cli import main
+
+WRITTEN = {"report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `vitreous …` in this process."""
+    monkeypatch.setattr(sys, "argv", ["vitreous", *arguments])
+    status = 0
+    try:
+        main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run of the main job, in a process of its own."""
+    out = tmp_path_factory.mktemp("job") / "out"
+    command = [sys.executable, "-m", "vitreous", "slim", "--limit", "100", "--calibrate", "32", "--out", str(out)]
+    command += ["--steps", "EViT(keep=0.5), RepQ()"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "shipped" in done.stdout and "Traceback" not in done.stderr
+    return out
+
+
+def test_main_job_writes_everything(job: Path) -> None:
+    assert {p.name for p in job.iterdir()} == WRITTEN
+    assert not [p for p in job.parent.iterdir() if p != job], "nothing may be left beside the folder"
+    proof = json.loads((job / "proof.json").read_text())
+    assert [m["name"] for m in proof["models"]] == ["original", "slimmed", "shipped"]
+    assert proof["images"] == 100 and proof["machine"]
+    shipped = proof["models"][2]
+    assert shipped["latency"] and shipped["kind"] == "OpenVINO int8"
+    assert proof["models"][1]["simulated"], "torch only simulates integers: no speed"
+    assert shipped["answers"]["difference"]["low"] <= shipped["answers"]["difference"]["value"]
+    report = (job / "report.html").read_text()
+    assert "<html" in report and "tokens.EViT(keep=0.5)" in report
+
+
+def test_main_job_result_loads_and_agrees_with_its_files(job: Path) -> None:
+    small = vt.load(job / "model.safetensors")
+    x = vt.data.open_data("sample").tensor(range(32))
+    with torch.no_grad():
+        expected = small(x)
+    for name in ("model.xml", "model.onnx"):
+        out = vt.Runtime(job / name)(x)
+        assert (out.argmax(1) == expected.argmax(1)).float().mean() >= 0.9
+
+
+def test_a_second_run_does_not_overwrite(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (job / "proof.json").read_bytes()
+    status, _, error = run(monkeypatch, capsys, "slim", "--out", str(job))
+    assert status == 2 and "not empty" in error and error.count("\n") == 1
+    assert (job / "proof.json").read_bytes() == before
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vitreous", "slim", "--out", str(tmp_path / "out")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob(".out.*")) and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=120)
+    assert child.returncode == 130 and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A limit on file size stands in for a full disk: the same kind of error, from the same call."""
+    script = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+sys.argv = ["vitreous", "slim", "--limit", "40", "--steps", "EViT(keep=0.5)", "--out", {str(tmp_path / "out")!r}]
+from vitreous.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "cannot" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def folder(root: Path, classes: dict[str, int]) -> Path:
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (28, 28), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+BAD = {
+    "unknown model": (["slim", "deit_smal_patch16_224"], "did you mean"),
+    "unknown step": (["slim", "--steps", "EVit7()"], "unknown step"),
+    "unknown option": (["slim", "--bogus"], "bogus"),
+    "unknown command": (["slimm"], "slimm"),
+    "steps that cannot be read": (["slim", "--steps", "EViT("], "cannot read"),
+    "wrong key": (["slim", "--recipe", "wrong_key.json"], "no parameter 'kep'"),
+    "wrong type": (["slim", "--recipe", "wrong_type.json"], "must be float"),
+    "no such recipe": (["slim", "--recipe", "absent.json"], "cannot read the recipe"),
+    "both recipe and steps": (["slim", "--recipe", "wrong_key.json", "--steps", "EViT"], "not both"),
+    "checkpoint that does not fit": (["slim", "vit_tiny_patch16_224", "--checkpoint", "other.safetensors"], "do not fit"),
+    "truncated file": (["slim", "vit_tiny_patch16_224", "--checkpoint", "cut.safetensors"], "not a whole safetensors"),
+    "truncated slimmed model": (["slim", "cut.safetensors"], "not a whole safetensors"),
+    "weights without recipe": (["slim", "other.safetensors"], "no recipe"),
+    "pickle": (["slim", "vit_tiny_patch16_224", "--checkpoint", "pickled.pth"], "pickled code"),
+    "NaN in weights": (["slim", "vit_fashion", "--checkpoint", "nan.safetensors"], "holds NaN"),
+    "no such data": (["slim", "--data", "absent"], "absent"),
+    "misspelt data": (["slim", "--data", "fashon-mnist"], "fashion-mnist"),
+    "empty data folder": (["slim", "--data", "empty"], "empty"),
+    "unreadable data folder": (["slim", "--data", "broken"], "broken"),
+    "one class only": (["slim", "--data", "one"], "class"),
+    "output under a file": (["slim", "--out", "cut.safetensors/out"], "cannot write"),
+    "output is a file": (["slim", "--out", "cut.safetensors"], "is a file"),
+    "model without attention": (["slim", "resnet10t", "--steps", "EViT", "--data", "two"], "has none"),
+    "windowed model": (["slim", "swin_tiny_patch4_window7_224", "--steps", "ToMe", "--data", "two"], "not one"),
+    "picture that is none": (["see", "cut.safetensors"], "picture"),
+    "unknown method": (["see", "good.png", "--method", "rolout"], "did you mean rollout"),
+    "no tokens to draw": (["see", "good.png", "--tokens"], "drops and merges no tokens"),
+    "unknown family": (["systems", "--family", "token"], "did you mean tokens"),
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("odd")
+    (root / "wrong_key.json").write_text('[{"step": "tokens.EViT", "kep": 0.7}]')
+    (root / "wrong_type.json").write_text('[{"step": "tokens.EViT", "keep": "0.7"}]')
+    model = vt.open()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(state, root / "other.safetensors")
+    (root / "cut.safetensors").write_bytes((root / "other.safetensors").read_bytes()[:5000])
+    save_file({k: v * float("nan") if k == "head.weight" else v for k, v in state.items()}, root / "nan.safetensors")
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=1), root / "pickled.pth")
+    folder(root / "one", {"a": 4})
+    folder(root / "two", {"a": 4, "b": 4})
+    (root / "empty").mkdir()
+    for name in ("a", "b"):
+        (root / "broken" / name).mkdir(parents=True)
+        (root / "broken" / name / "x.png").write_bytes(b"no picture")
+    Image.new("L", (28, 28), 99).save(root / "good.png")
+    return root
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, odd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, message = BAD[case]
+    monkeypatch.chdir(odd)
+    before = {p: p.stat().st_mtime_ns for p in odd.rglob("*")}
+    status, out, error = run(monkeypatch, capsys, *arguments)
+    assert status == 2, error
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("vitreous: ") and message in line and "Traceback" not in error and out == ""
+    assert {p: p.stat().st_mtime_ns for p in odd.rglob("*")} == before, "bad input must leave nothing behind"
+
+
+def test_see_writes_a_picture_and_does_not_overwrite(
+    odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method in ("rollout", "attention", "grad_cam"):
+        out = tmp_path / f"{method}.png"
+        status, said, _ = run(monkeypatch, capsys, "see", str(odd / "good.png"), "--method", method, "--out", str(out))
+        assert status == 0 and "class" in said
+        assert Image.open(out).size[0] > 2 * 200
+    status, _, error = run(monkeypatch, capsys, "see", str(odd / "good.png"), "--out", str(out))
+    assert status == 2 and "exists" in error
+
+
+def test_see_draws_tokens(tmp_path: Path, odd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    vt.save(vt.slim(vt.open(), vt.tokens.EViT(keep=0.5)), tmp_path / "s.safetensors")
+    arguments = ("see", str(odd / "good.png"), str(tmp_path / "s.safetensors"), "--tokens", "--out", str(tmp_path / "t.png"))
+    status, _, error = run(monkeypatch, capsys, *arguments)
+    assert status == 0, error
+    assert Image.open(tmp_path / "t.png").size[0] > 4 * 200, "the picture and three reductions"
+
+
+def test_anatomy_and_systems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(monkeypatch, capsys, "anatomy")
+    assert status == 0 and "grid (7, 7)" in out and "plain" in out
+    status, out, _ = run(monkeypatch, capsys, "systems", "--json")
+    rows = json.loads(out)
+    assert status == 0 and {"evit", "tome", "repq-vit"} <= {r["slug"] for r in rows}
+    for row in rows:
+        part: object = vt
+        for name in row["entry"].split(".")[1:]:
+            part = getattr(part, name)
+        assert callable(part), row["entry"]
+    status, out, _ = run(monkeypatch, capsys, "systems", "--family", "quant")
+    assert status == 0 and "tokens" not in out
+
+
+def test_no_download_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timm name alone makes random weights; nothing tries the network."""
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    vt.open("vit_tiny_patch16_224", depth=1)
+    os.environ.pop("HF_HUB_OFFLINE", None)

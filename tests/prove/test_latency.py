@@ -1,0 +1,62 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from vitreous.prove.latency import WARMUP, interleave, latencies
+
+
+class Bench:
+    """A clock that only moves when a model runs, and a record of who ran."""
+
+    def __init__(self, **costs):
+        self.now, self.calls, self.costs = 0.0, [], costs
+
+    def runs(self):
+        return {name: lambda name=name: self.run(name) for name in self.costs}
+
+    def run(self, name):
+        self.calls.append(name)
+        cost = self.costs[name]
+        self.now += next(cost) if hasattr(cost, "__next__") else cost
+
+    def clock(self):
+        return self.now
+
+
+def test_order_rotates_and_warm_up_is_discarded():
+    bench = Bench(a=itertools.chain([100.0] * WARMUP, itertools.repeat(1.0)), b=2.0, c=3.0)
+    times = interleave(bench.runs(), rounds=4, clock=bench.clock)
+    assert "".join(bench.calls) == "abc" * WARMUP + "abc" + "bca" + "cab" + "abc"
+    assert {name: t.tolist() for name, t in times.items()} == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
+
+
+@pytest.mark.parametrize(("cost", "seconds", "rounds"), [(0.5, 20, 37), (100, 20, 5), (1e-6, 20, 300)])
+def test_rounds_fit_the_time(cost, seconds, rounds):
+    bench = Bench(a=cost / 2, b=cost / 2)
+    assert len(interleave(bench.runs(), seconds=seconds, clock=bench.clock)["a"]) == rounds
+    if rounds == 37:
+        assert bench.now == pytest.approx(seconds)
+
+
+def test_latencies_are_per_image_and_paired(monkeypatch):
+    bench = Bench(slow=itertools.cycle([8.0, 16.0]), fast=itertools.cycle([2.0, 4.0]))
+    seen = []
+
+    def call(name):
+        return lambda x: (seen.append(tuple(x.shape)), bench.run(name))
+
+    timer = interleave.__kwdefaults__["clock"]
+    monkeypatch.setitem(interleave.__kwdefaults__, "clock", bench.clock)
+    found = latencies(
+        {name: call(name) for name in bench.costs}, torch.zeros(3, 1, 2, 2), reference="slow", batches=(1, 8), rounds=6
+    )
+    assert timer is not bench.clock
+    assert set(seen) == {(1, 1, 2, 2), (8, 1, 2, 2)}  # three images are repeated to make eight
+    one, eight = found["fast"]
+    assert one.batch == 1 and eight.batch == 8
+    assert np.median(one.samples) == one.median == 3000.0
+    assert eight.median == one.median / 8
+    assert one.ratio is not None and one.ratio.value == 4.0 and one.ratio.low == one.ratio.high == 4.0
+    assert found["slow"][0].ratio is None

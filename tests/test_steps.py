@@ -1,0 +1,225 @@
+"""The common contract that every step must keep, and recipes, and files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vitreous as vt
+from conftest import small_vit
+from vitreous.steps import REGISTRY, Recipe, Step, history_of, make_step, slim
+
+# Arguments that make a step do something on the small model; a step that is not here is tried with its defaults.
+ARGUMENTS = {"tokens.EViT": {"keep": 0.5}, "tokens.ToMe": {"r": 2}, "prune.Heads": {"share": 0.34}}
+STEPS = [make_step(name, **ARGUMENTS.get(name, {})) for name in sorted(REGISTRY)]
+PARTNERS = [make_step("tokens.EViT", keep=0.5), make_step("prune.Heads", share=0.34), make_step("quant.RepQ")]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    return small_vit()
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Tensor:
+    return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+class TestEveryStep:
+    def test_changes_a_copy_and_leaves_the_argument(self, step: Step, original: nn.Module, calibration: Tensor) -> None:
+        before, given, random = state(original), calibration.clone(), torch.get_rng_state()
+        keys = list(vars(original))
+        small = step.apply(original, calibration)
+        assert same(before, state(original)) and torch.equal(given, calibration)
+        assert list(vars(original)) == keys and torch.equal(random, torch.get_rng_state())
+        with torch.no_grad():
+            assert not torch.equal(small(calibration), original(calibration)), "a step with these arguments must do something"
+        assert not {id(p) for p in small.parameters()} & {id(p) for p in original.parameters()}
+
+    def test_same_seed_same_result(self, step: Step, original: nn.Module, calibration: Tensor) -> None:
+        a = step.apply(original, calibration)
+        torch.manual_seed(99)
+        b = step.apply(original, calibration)
+        assert same(state(a), state(b))
+
+    def test_survives_save_and_load_bit_for_bit(
+        self, step: Step, original: nn.Module, calibration: Tensor, tmp_path: Path
+    ) -> None:
+        small = step.apply(original, calibration)
+        vt.save(small, tmp_path / "m.safetensors")
+        again = vt.load(tmp_path / "m.safetensors", base=original)
+        assert same(state(small), state(again))
+        assert [s.to_dict() for s in history_of(again).steps()] == [step.to_dict()]
+        with torch.no_grad():
+            assert torch.equal(small(calibration), again(calibration))
+        assert type(small) is type(original), "a slimmed model is still the model it was"
+
+    def test_exports(self, step: Step, original: nn.Module, calibration: Tensor, tmp_path: Path) -> None:
+        small = step.apply(original, calibration)
+        shipment = vt.ship(small, tmp_path / "m.xml", example=calibration[:4])
+        assert shipment.parity.agreement >= 0.75
+
+    @pytest.mark.parametrize("partner", PARTNERS, ids=str)
+    @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+    def test_composes_or_says_why_not(
+        self, step: Step, partner: Step, first: bool, original: nn.Module, calibration: Tensor, tmp_path: Path
+    ) -> None:
+        order = [step, partner] if first else [partner, step]
+        try:
+            small = slim(original, order, calibration)
+        except vt.VitreousError as reason:
+            assert len(str(reason)) > 40
+            assert step.family == partner.family or {step.family, partner.family} == {"prune", "quant"}
+            return
+        assert [s.name for s in history_of(small).steps()] == [s.name for s in order]
+        with torch.no_grad():
+            assert torch.isfinite(small(calibration)).all()
+        vt.save(small, tmp_path / "m.safetensors")
+        with torch.no_grad():
+            assert torch.equal(vt.load(tmp_path / "m.safetensors", base=original)(calibration), small(calibration))
+
+    def test_refuses_what_it_cannot_do(self, step: Step, calibration: Tensor) -> None:
+        broken = small_vit()
+        with torch.no_grad():
+            next(broken.parameters()).fill_(float("nan"))
+        with pytest.raises(vt.VitreousError, match="NaN"):
+            step.apply(broken, calibration)
+        if step.needs_calibration:
+            with pytest.raises(vt.VitreousError, match="calibration"):
+                step.apply(small_vit(), None)
+            with pytest.raises(vt.VitreousError, match="NaN"):
+                step.apply(small_vit(), calibration * float("nan"))
+
+    def test_written_as_json_and_as_text(self, step: Step, original: nn.Module, calibration: Tensor) -> None:
+        assert Recipe.from_json(Recipe((step,)).to_json()).steps == (step,)
+        assert Recipe.parse(str(step)).steps == (step,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("3", "must be a list"),
+        ('[{"keep": 0.7}]', "must be a list of objects"),
+        ('[{"step": "tokens.EVit2"}]', "did you mean .*EViT"),
+        ('[{"step": "EViT", "kep": 0.7}]', "no parameter 'kep'; did you mean keep"),
+        ('[{"step": "EViT", "keep": "much"}]', "'keep' must be float, not 'much'"),
+        ('[{"step": "EViT", "at": [1, "2"]}]', "'at' must be"),
+        ('[{"step": "ToMe", "r": true}]', "'r' must be int"),
+        ('[{"step": "EViT", "keep": 2.0}]', "keep must lie in"),
+    ],
+)
+def test_wrong_recipes(text: str, message: str) -> None:
+    with pytest.raises(vt.VitreousError, match=message):
+        Recipe.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["EViT(", "EViT(0.7)", "EViT(keep=__import__('os'))", "Nothing()"])
+def test_wrong_step_texts(text: str) -> None:
+    with pytest.raises(vt.VitreousError):
+        Recipe.parse(text)
+
+
+def test_slim_tells_its_progress_and_takes_an_empty_recipe(vit: nn.Module, images: Tensor) -> None:
+    told: list[tuple[str, float]] = []
+    slim(vit, [make_step("EViT", keep=0.9), make_step("Heads")], images, lambda s, f: told.append((s, f)))
+    assert told == [("tokens.EViT(keep=0.9)", 0.0), ("prune.Heads()", 0.5)]
+    copied = slim(vit, [])
+    assert copied is not vit and same(state(copied), state(vit))
+
+
+class TestFiles:
+    def test_bundled_model_round_trip(self, tmp_path: Path) -> None:
+        model = vt.open()
+        small = slim(model, make_step("EViT"))
+        vt.save(small, tmp_path / "s.safetensors")
+        x = torch.randn(2, 1, 28, 28)
+        with torch.no_grad():
+            assert torch.equal(vt.load(tmp_path / "s.safetensors")(x), small(x))
+            assert torch.equal(vt.open(tmp_path / "s.safetensors")(x), small(x))
+
+    def test_timm_name_with_arguments(self, tmp_path: Path) -> None:
+        model = vt.open("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3)
+        vt.save(model, tmp_path / "m.safetensors")
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(vt.load(tmp_path / "m.safetensors")(x), model(x))
+
+    def test_half_precision_stays(self, vit: nn.Module, tmp_path: Path) -> None:
+        half = copy.deepcopy(vit).bfloat16()
+        vt.save(slim(half, make_step("EViT")), tmp_path / "m.safetensors")
+        again = vt.load(tmp_path / "m.safetensors", base=vit)
+        assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(vt.VitreousError, match="did you mean deit_small_patch16_224"):
+            vt.open("deit_smal_patch16_224")
+
+    def test_checkpoints(self, tmp_path: Path) -> None:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+        torch.save({"model": model.state_dict()}, tmp_path / "good.pth")
+        torch.save(model, tmp_path / "pickled.pth")
+        torch.save({"model": {"a": 1}}, tmp_path / "empty.pth")
+        (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:1000])
+        (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+        arguments = {"img_size": 32, "depth": 1, "num_classes": 4}
+        opened = vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "good.pth", **arguments)
+        assert same(state(opened), state(model))
+        for name, message in [
+            ("pickled.pth", "pickled code"),
+            ("empty.pth", "no state dict"),
+            ("cut.pth", "not a whole"),
+            ("cut.safetensors", "not a whole safetensors"),
+            ("absent.pth", "there is no file"),
+        ]:
+            with pytest.raises(vt.VitreousError, match=message):
+                vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / name, **arguments)
+        with pytest.raises(vt.VitreousError, match=r"do not fit.*another shape.*head"):
+            vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "good.pth", img_size=32, depth=1, num_classes=5)
+        with pytest.raises(vt.VitreousError, match=r"do not fit.*missing"):
+            vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "good.pth", img_size=32, depth=2, num_classes=4)
+        bad = {k: v * float("nan") if "head" in k else v for k, v in model.state_dict().items()}
+        torch.save(bad, tmp_path / "nan.pth")
+        with pytest.raises(vt.VitreousError, match=r"head.* holds NaN"):
+            vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "nan.pth", **arguments)
+
+    def test_damaged_recipe_and_missing_base(self, vit: nn.Module, tmp_path: Path) -> None:
+        from safetensors.torch import save_file
+
+        vt.save(vit, tmp_path / "m.safetensors")
+        with pytest.raises(vt.VitreousError, match="pass the original model as base"):
+            vt.load(tmp_path / "m.safetensors")
+        save_file(state(vit), tmp_path / "plain.safetensors")
+        with pytest.raises(vt.VitreousError, match="no recipe"):
+            vt.load(tmp_path / "plain.safetensors")
+        save_file(state(vit), tmp_path / "odd.safetensors", {"vitreous": json.dumps({"base": None, "steps": [{}]})})
+        with pytest.raises(vt.VitreousError, match="cannot be read"):
+            vt.load(tmp_path / "odd.safetensors")
+
+    def test_a_failed_write_leaves_the_old_file(self, vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(b"old")
+
+        def full(self: Path, content: bytes) -> int:
+            self.open("wb").write(content[:100])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(vt.VitreousError, match="No space left"):
+            vt.save(vit, path)
+        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
