@@ -1,8 +1,8 @@
 """Read a model once: patch grid, prefix tokens, stages, blocks, and what each block is made of.
 
-Nothing here runs the whole model or changes it. Whether a block is *plain* (pre-norm attention, then pre-norm MLP, each
-with a residual) is not looked up in a list of classes but tried: the block runs on four random tokens and must give what
-its parts give when they are put together by that rule.
+Nothing here runs the whole model or changes it. Whether a block is *plain* (pre-norm attention, then pre-norm MLP,
+each with a residual) is not looked up in a list of classes but tried: the block runs on four random tokens and must
+give what its parts give when they are put together by that rule.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .errors import VitreousError
 
 ATTENTION_CLASS = re.compile(r"atte?n|mhsa|gpsa|xca$", re.IGNORECASE)
+RELATIVE = re.compile("bias_table|rel_pos|attention_biases|cpb")  # parameters of a bias for pairs of places
 NOT_ATTENTION = re.compile(r"pool2d|channelattn|spatialattn|^cbam|^eca|^se", re.IGNORECASE)
 
 
@@ -94,7 +95,7 @@ class Anatomy:
         for block in self.blocks:
             if not block.plain:
                 raise VitreousError(
-                    f"{step} needs plain pre-norm blocks; {self.kind}'s block '{block.name}' ({block.kind}) is not one: "
+                    f"{step} needs plain pre-norm blocks; {self.kind}'s '{block.name}' ({block.kind}) is not one: "
                     f"{block.why_not}. Use a step that does not shorten or rearrange the tokens inside blocks"
                 )
 
@@ -125,14 +126,17 @@ def read(model: nn.Module) -> Anatomy:
     grid, prefix, class_token = _tokens(model)
     stages = _stages(model, blocks)
     if len({s.reduction for s in stages if s.blocks}) > 1:
-        blocks = [replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages") for b in blocks]
+        blocks = [
+            replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages")
+            for b in blocks
+        ]
     return Anatomy(
         kind=type(model).__name__,
         grid=grid,
         prefix=prefix,
         class_token=class_token,
         pool=_pool(model),
-        width=getattr(model, "embed_dim", None) or getattr(model, "hidden_dim", None) or getattr(model, "num_features", None),
+        width=next((w for a in ("embed_dim", "hidden_dim", "num_features") if (w := getattr(model, a, None))), None),
         blocks=tuple(blocks),
         other_attention=tuple(others),
         stages=stages,
@@ -150,7 +154,7 @@ NORMS = ("norm1", "norm2", "ln_1", "ln_2", "layernorm_before", "layernorm_after"
 
 
 def holding_block(attention_name: str, modules: dict[str, nn.Module]) -> str:
-    """The dotted name of the residual block around an attention module: its nearest ancestor that owns a norm, or ""."""
+    """The dotted name of the residual block around an attention module (its nearest ancestor with a norm), or ""."""
     parts = attention_name.split(".")
     for i in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:i])
@@ -185,10 +189,8 @@ def _attention(name: str, m: nn.Module, model: nn.Module) -> AttentionPart:
     )
     projections = next((p for p in made_by if len(_children(m, p)) == len(p)), ())
     heads = next((int(h) for a in ("num_heads", "num_attention_heads", "n_heads") if (h := getattr(m, a, None))), None)
-    head_dim = next(
-        (int(d) for a in ("head_dim", "dim_head", "attention_head_size", "key_dim") if isinstance(d := getattr(m, a, None), int)),
-        None,
-    )
+    named = (getattr(m, a, None) for a in ("head_dim", "dim_head", "attention_head_size", "key_dim"))
+    head_dim = next((d for d in named if isinstance(d, int)), None)
     if head_dim is None and heads and projections:
         weight = getattr(m, projections[0])
         weight = weight if isinstance(weight, Tensor) else getattr(weight, "weight", None)
@@ -197,7 +199,7 @@ def _attention(name: str, m: nn.Module, model: nn.Module) -> AttentionPart:
     scale = getattr(m, "scale", None)
     if not isinstance(scale, float):
         scale = head_dim**-0.5 if head_dim else None
-    relative = any("bias_table" in n or "rel_pos" in n or "attention_biases" in n or "cpb" in n for n, _ in m.named_parameters())
+    relative = any(RELATIVE.search(n) for n, _ in m.named_parameters())
     shared = isinstance(getattr(model, "rel_pos_bias", None), nn.Module)
     rotary = getattr(model, "rope", None) is not None
     return AttentionPart(
@@ -250,9 +252,11 @@ def _why_not_plain(block: nn.Module, attention: AttentionPart) -> str:
     try:
         with torch.no_grad():
             h = cast(nn.Module, block.norm1)(x)
-            pairs = [(mix(block.attn, h), cast(nn.Module, block.attn)(h), h), (plain_forward(block, x), block(x), x)]
+            attn = cast(nn.Module, block.attn)
+            pairs = [(mix(attn, h), attn(h), h), (plain_forward(block, x), block(x), x)]
     except Exception as error:  # a stranger's block may fail in any way on a plain sequence; that is the answer
-        return f"it does not run on a plain sequence of tokens ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        return f"it does not run on a plain sequence of tokens ({reason})"
     finally:
         for m in training:
             m.training = True
@@ -316,7 +320,7 @@ PREFIX = ("cls_token", "distillation_token", "register_tokens")  # what Hugging 
 
 def _tokens(model: nn.Module) -> tuple[tuple[int, int] | None, int, bool]:
     m = cast(Any, model)
-    config = getattr(m, "config", None)
+    config: Any = getattr(m, "config", None)
     if hasattr(config, "patch_size") and hasattr(config, "image_size"):  # Hugging Face
         (h, w), (p, r) = (s if isinstance(s, (tuple, list)) else (s, s) for s in (config.image_size, config.patch_size))
         added = {n.rsplit(".")[-1]: t.shape[1] for n, t in m.named_parameters() if n.endswith(PREFIX)}
@@ -357,4 +361,3 @@ def _classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
         return next((n for n, m in modules.items() if m is head), None)
     named = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
     return next((n for n in reversed(named) if n.split(".")[0] in ("head", "heads", "fc", "classifier")), None)
-

@@ -1,8 +1,9 @@
 """Look into a model while it runs, and intervene.
 
-Attention is computed by one of three functions in nearly every model there is: `scaled_dot_product_attention`, `softmax`, or
-`multi_head_attention_forward`. A `TorchFunctionMode` sees every call of them while it is active, so no model needs changing and
-no forward is copied. Module hooks say which attention module is running. Nothing is left behind when the block ends.
+Attention is computed by one of three functions in nearly every model there is: `scaled_dot_product_attention`,
+`softmax`, or `multi_head_attention_forward`. A `TorchFunctionMode` sees every call of them while it is active, so no
+model needs changing and no forward is copied. Module hooks say which attention module is running. Nothing is left
+behind when the block ends.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .errors import VitreousError, nearest
 KINDS = ("attention", "q", "k", "v", "output", "block")
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+SEEN = {F.scaled_dot_product_attention, F.multi_head_attention_forward, *SOFTMAX, *MATMUL}
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda p: p.mean(1),  # over heads: [B, N, N]
     "class": lambda p: p[..., 0, :],  # the first query's row: [B, heads, N]
@@ -33,9 +36,9 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class View:
     """What one attention layer did in one call. Parts that were not asked for are None.
 
-    `attention` is `[B, heads, N, N]` (`[B·windows, heads, n, n]` in windowed models, `[B, heads, d, d]` where a model attends
-    over channels); `q`, `k`, `v` are `[B, heads, N, d]` as they enter the product; `output` and `block` are what the attention
-    module and its residual block return.
+    `attention` is `[B, heads, N, N]` (`[B·windows, heads, n, n]` in windowed models, `[B, heads, d, d]` where a model
+    attends over channels); `q`, `k`, `v` are `[B, heads, N, d]` as they enter the product; `output` and `block` are
+    what the attention module and its residual block return.
     """
 
     name: str
@@ -68,9 +71,11 @@ class Glass(TorchFunctionMode):
         if wrong := self.record - set(KINDS):
             raise VitreousError(f"glass cannot record {sorted(wrong)[0]!r}: choose from {', '.join(KINDS)}")
         if isinstance(reduce, str) and reduce not in REDUCTIONS:
-            raise VitreousError(f"glass has no reduction {reduce!r}: choose from {', '.join(REDUCTIONS)}, or give a function")
+            raise VitreousError(
+                f"glass has no reduction {reduce!r}: choose {', '.join(REDUCTIONS)}, or give a function"
+            )
         if grad and reduce is not None:
-            raise VitreousError("glass keeps gradients of whole attention maps only: use grad=True or reduce=, not both")
+            raise VitreousError("glass keeps gradients of whole maps only: use grad=True or reduce=, not both")
         self.reduce = REDUCTIONS[reduce] if isinstance(reduce, str) else reduce
         self.grad = grad
         self.only = None if layers is None else {self._name(layer) for layer in layers}
@@ -92,7 +97,7 @@ class Glass(TorchFunctionMode):
     def gradients(self) -> list[Tensor]:
         """Gradients of `attention` after a backward pass; needs `grad=True`."""
         if any(a.grad is None for a in self.attention):
-            raise VitreousError("no gradients of attention yet: open the glass with grad=True and call backward() first")
+            raise VitreousError("no gradients of attention yet: open the glass with grad=True, then call backward()")
         return [a.grad for a in self.attention if a.grad is not None]
 
     def __getitem__(self, layer: int | str) -> View:
@@ -114,7 +119,7 @@ class Glass(TorchFunctionMode):
 
         def change(mask: Tensor) -> Tensor:
             if wrong := [h for h in chosen if not 0 <= h < mask.shape[1]]:
-                raise VitreousError(f"layer '{self._name(layer)}' has heads 0 to {mask.shape[1] - 1}, there is no {wrong[0]}")
+                raise VitreousError(f"'{self._name(layer)}' has heads 0 to {mask.shape[1] - 1}, there is no {wrong[0]}")
             mask[:, chosen] = factor
             return mask
 
@@ -129,8 +134,8 @@ class Glass(TorchFunctionMode):
         return self._add(layer, "scores", lambda s: s + bias.to(s))
 
     def patch(self, layer: int | str, what: str, value: Tensor | Change) -> Glass:
-        """Replace an activation: `what` is "attention" (probabilities), "output" or "block"; `value` a tensor, or a function
-        of what the model computed."""
+        """Replace an activation: `what` is "attention" (probabilities), "output" or "block"; `value` is a tensor, or a
+        function of what the model computed."""
         if what not in ("attention", "output", "block"):
             raise VitreousError(f"glass cannot patch {what!r}: choose attention, output or block")
         return self._add(layer, what, value if callable(value) else lambda _: value)
@@ -232,9 +237,11 @@ class Glass(TorchFunctionMode):
                 setattr(view, kind, self._keep(kept))
         return view
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention or func in SOFTMAX or func in MATMUL or func is F.multi_head_attention_forward:
+        if func in SEEN:
             name = self._owner()
             if name is None and func is F.scaled_dot_product_attention and self._running:
                 name = self._running[-1]
@@ -321,18 +328,14 @@ class Glass(TorchFunctionMode):
             self._waiting = (view, probs)
         factor = self._head_factor(name, probs) if probs.ndim == 4 else None
         if factor is None and (name, "heads") in self._changes:
-            raise VitreousError(f"layer '{name}' keeps its heads in another place than [B, heads, N, N]: cannot mask them")
+            raise VitreousError(f"layer '{name}' keeps its heads elsewhere than in [B, heads, N, N]: cannot mask them")
         return probs if factor is None else probs * factor
 
     def _multi_head(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`nn.MultiheadAttention`: ask it for its weights; biases enter as its mask, head factors through the values."""
-        names = (
-            "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
-            "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask"
-        ).split()
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        """`nn.MultiheadAttention`: ask for its weights; biases enter as its mask, head factors through the values."""
+        call = {**dict(zip(signature(func).parameters, args, strict=False)), **kwargs}
         if (name, "attention") in self._changes:
-            raise VitreousError(f"layer '{name}' is an nn.MultiheadAttention: its probabilities cannot be replaced, only biased")
+            raise VitreousError(f"layer '{name}' is an nn.MultiheadAttention: it takes add_bias, no patch of attention")
         heads, query, key = call["num_heads"], call["query"], call["key"]
         weight, bias = call["in_proj_weight"], call["in_proj_bias"]
         width = query.shape[-1]
@@ -341,8 +344,10 @@ class Glass(TorchFunctionMode):
             mask = call.get("attn_mask")
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -math.inf)
-            zero = query.new_zeros(b, heads, n, m) + (0 if mask is None else mask.view(-1, *([heads] if mask.ndim == 3 else [1]), n, m))
-            call["attn_mask"] = self._apply(name, "scores", zero).flatten(0, 1)
+            scores = query.new_zeros(b, heads, n, m)
+            if mask is not None:
+                scores = scores + mask.view(-1, heads if mask.ndim == 3 else 1, n, m)
+            call["attn_mask"] = self._apply(name, "scores", scores).flatten(0, 1)
         factor = self._head_factor(name, query.new_empty(1, heads, 1, 1))
         if factor is not None and weight is not None:
             rows = torch.cat([query.new_ones(2 * width), factor.flatten().repeat_interleave(width // heads)])
@@ -356,7 +361,10 @@ class Glass(TorchFunctionMode):
             if self._wants(name, "q", "k", "v") and weight is not None:
                 w, c = weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
                 sources = (query, key, call["value"])
-                made = [F.linear(s, w[i], c[i]).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for i, s in enumerate(sources)]
+                made = [
+                    F.linear(s, w[i], c[i]).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+                    for i, s in enumerate(sources)
+                ]
                 self._note(view, None, q=made[0], k=made[1], v=made[2])
             self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
         if not wanted:
@@ -374,14 +382,16 @@ def glass(
     """Look into `model` while it runs: `with glass(model) as g: model(x)`, then `g.attention`.
 
     Args:
-        record: any of "attention" (probabilities), "q", "k", "v", "output" (of the attention module), "block" (its block's).
+        record: any of "attention" (probabilities), "q", "k", "v", "output" (of the attention module), "block" (its
+            block's).
         layers: only these attention layers, by number or dotted name; all by default.
         grad: keep what is recorded in the graph, so that `g.gradients` holds the gradients of the probabilities after
             `backward()`. Needs parameters or an input that require gradients; not together with `reduce`.
-        reduce: what to keep of each `[B, heads, N, N]` at once, so that memory stays bounded: "mean" over heads, "class" for the
-            first token's row, or a function.
+        reduce: what to keep of each `[B, heads, N, N]` at once, so that memory stays bounded: "mean" over heads,
+            "class" for the first token's row, or a function.
 
     Interventions are methods of the glass: `mask_heads`, `cut`, `add_bias`, `patch`. When neither probabilities nor an
-    intervention is asked for in a layer, its fused kernel runs untouched. Raises `VitreousError` for unknown layers or kinds.
+    intervention is asked for in a layer, its fused kernel runs untouched. Raises `VitreousError` for unknown layers or
+    kinds.
     """
     return Glass(model, record, layers, grad, reduce)

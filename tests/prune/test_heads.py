@@ -248,7 +248,7 @@ def test_refusals(vit: nn.Module, images: Tensor) -> None:
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(1, 2)
     )
-    with pytest.raises(VitreousError, match="layers.0.blocks.0"):
+    with pytest.raises(VitreousError, match=r"layers\.0\.blocks\.0"):
         slim(swin, Heads(), images)
     with pytest.raises(VitreousError, match="none"):
         slim(timm.create_model("resnet18"), Heads(), images)

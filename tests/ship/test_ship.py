@@ -346,4 +346,6 @@ def test_a_broken_file_is_a_clear_error(shipped: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(whole)
     with pytest.raises(VitreousError, match="precision"):
         Runtime(tmp_path / "vit.xml", precision="int3")
+    with pytest.raises(VitreousError, match="0 threads"):
+        Runtime(tmp_path / "vit.xml", threads=0)
     assert Runtime(tmp_path / "vit.xml", precision="bf16").precision in ("bf16", "fp32")

@@ -117,7 +117,8 @@ def test_prefix_tokens_and_grids(step: Step, name: str, prefix: int) -> None:
 def test_tome_merges_the_most_similar_pairs() -> None:
     metric = torch.randn(2, 9, 6)
     metric[:, 4] = metric[:, 7] * 2.0  # the same direction, at an even and an odd place
-    merge, into = bipartite_soft_matching(metric, r=1, prefix=1)
+    merge, where = bipartite_soft_matching(metric, r=1, prefix=1)
+    into = where()
     assert (into[:, 4] == into[:, 7]).all()
     x = torch.randn(2, 9, 3)
     merged = merge(x)

@@ -24,8 +24,8 @@ class Watch:
     `[S, G]`, with G = 1 or the number of channels.
     """
 
-    def __init__(self, name: str, by_channel: bool, keep: int, generator: torch.Generator) -> None:
-        self.name, self.by_channel, self.keep, self.generator = name, by_channel, keep, generator
+    def __init__(self, name: str, by_channel: bool, keep: int) -> None:
+        self.name, self.by_channel, self.keep = name, by_channel, keep
         self.low = self.high = torch.zeros(0)
         self.parts: list[Tensor] = []
 
@@ -41,7 +41,7 @@ class Watch:
         self.high = torch.maximum(self.high, high) if seen else high
         keep = self.keep // rows.shape[1]
         if len(rows) > keep:
-            rows = rows[torch.randint(len(rows), (keep,), generator=self.generator).to(rows.device)]
+            rows = rows[torch.randint(len(rows), (keep,)).to(rows.device)]
         self.parts.append(rows.clone())
 
     @property
@@ -53,16 +53,16 @@ def watch(model: nn.Module, images: Tensor, by_channel: Iterable[str] = (), samp
     """Run the float model on the calibration images `[N, C, H, W]`; what each activation quantizer saw, by its name.
 
     With `sample`, values are kept for a search where the grid has fewer than 8 bits: a whole tensor, or a million
-    drawn with a fixed seed. Raises `VitreousError` naming the layer when an activation holds NaN or infinity.
+    drawn by torch's generator, which `Step.apply` seeds. Raises `VitreousError` naming the layer when an activation
+    holds NaN or infinity.
     """
     quantizers = {n: m for n, m in model.named_modules() if isinstance(m, (Quantizer, LogSqrt2))}
     batches = images.split(BATCH)
-    generator = torch.Generator().manual_seed(0)
     weights, channels = {f"{n}.quant_w" for n in quant_layers(model)}, set(by_channel)
     watches = {}
     for name in quantizers.keys() - weights:
         keep = SAMPLES // len(batches) if sample and quantizers[name].bits < 8 else 0
-        watches[name] = Watch(name.removesuffix(".quant_x"), name in channels, keep, generator)
+        watches[name] = Watch(name.removesuffix(".quant_x"), name in channels, keep)
     parameter = next(model.parameters())
     try:
         for name, quantizer in quantizers.items():
@@ -97,13 +97,3 @@ def search(x: Tensor, grid: Grid, low: int, high: int) -> tuple[Tensor, Tensor]:
             zero = torch.where(better, z, zero)
         found.append((scale, zero))
     return torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
-
-
-def snap(model: nn.Module) -> None:
-    """Put every quantized weight on its grid, once, so that no value lies past the limit of a reduced range."""
-    for layer in quant_layers(model).values():
-        w, q = layer.weight.data, layer.quant_w
-        if q.symmetric:
-            reach = (q.scale * q.limit).reshape(-1, *[1] * (w.ndim - 1))
-            w.copy_(torch.minimum(torch.maximum(w, -reach), reach))
-        w.copy_(q(w))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..steps import step
-from .calibration import snap, watch
+from .calibration import watch
 from .layers import Quantizer, quant_layers
 from .posttraining import PostTraining
 
@@ -32,4 +32,3 @@ class MinMax(PostTraining):
                 quantizer.set(*quantizer.grid(seen.low, seen.high))
             for layer in quant_layers(model).values():
                 layer.quant_w.set(*layer.quant_w.grid(*layer.weight.float().flatten(1).aminmax(dim=1)))
-            snap(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..steps import step
-from .calibration import PERCENTILES, Watch, search, snap, watch
+from .calibration import PERCENTILES, Watch, search, watch
 from .layers import FLOOR, LogSqrt2, Quantizer, QuantLinear, quant_layers
 from .posttraining import PostTraining
 
@@ -62,7 +62,6 @@ class RepQ(PostTraining):
             for layer in quant_layers(model).values():
                 w, q = layer.weight.float().flatten(1).T, layer.quant_w
                 q.set(*(q.grid(*w.aminmax(dim=0)) if q.bits == 8 else search(w, q.grid, q.low, q.high)))
-            snap(model)
 
 
 def channel_grids(seen: Watch, bits: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,9 @@ class Runtime:
 
     def __init__(self, path: str | Path, *, threads: int | None = None, precision: str | None = None) -> None:
         self.path = Path(path)
-        self.threads = threads or torch.get_num_threads()
+        self.threads = torch.get_num_threads() if threads is None else threads
+        if self.threads < 1:
+            raise VitreousError(f"cannot run on {threads} threads: give at least 1")
         if self.path.suffix not in (".onnx", ".xml"):
             advice = "; torch.export.load runs it, and unpickles it" if self.path.suffix == ".pt2" else ""
             raise VitreousError(f"{path} is not run here: its name has to end in .onnx or .xml{advice}")
@@ -109,7 +111,7 @@ class Runtime:
         core = openvino.Core()
         if self.path.suffix == ".xml" and not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
             raise VitreousError(f"{self.path} is not an OpenVINO model: it is not XML")  # or every front end tries it
-        # Tried and of no use on two cores: pinning on or off, THROUGHPUT, and a fixed shape instead of the dynamic one.
+        # A graph fixed to the batch in hand takes the same processor time as the dynamic one, so there is one for all.
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads,

@@ -18,15 +18,15 @@ from ..steps import Step, step
 Merge = Callable[[Tensor], Tensor]
 
 
-def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Merge, Tensor]:
+def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Merge, Callable[[], Tensor]]:
     """Merge the `r` most similar pairs between tokens at even and at odd places (section 3, "Bipartite Soft Matching").
 
     `metric` is `[B, N, d]`; the first `prefix` tokens are left alone. Returns `merge`, which sums `[B, N, C]` into
-    `[B, N − r, C]`, and `into` `[B, N]`, the new place of every token.
+    `[B, N − r, C]`, and `into`, which gives the new place of every token, `[B, N]`.
     """
     b, n, _ = metric.shape
-    place = torch.arange(prefix, n, device=metric.device)
-    even, odd = place[place % 2 == 0], place[place % 2 == 1]
+    even = torch.arange(prefix + prefix % 2, n, 2, device=metric.device)
+    odd = torch.arange(prefix + 1 - prefix % 2, n, 2, device=metric.device)
     r = min(r, len(even), len(odd))
     unit = F.normalize(metric, dim=-1)
     best, match = (unit[:, even] @ unit[:, odd].mT).max(-1)  # [B, even]
@@ -54,7 +54,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Merge,
         new[:, even] = of_even
         return new
 
-    return merge, into()
+    return merge, into
 
 
 class MergeSimilar(nn.Module):
@@ -73,7 +73,7 @@ class MergeSimilar(nn.Module):
         size = x.new_ones(x.shape[0], x.shape[1], 1) if size is None else size
         block.flow.size = merge(size)
         if block.flow.trace is not None:
-            block.flow.trace.append(Reduction(block.name, into, size[..., 0], x.shape[1] - r))
+            block.flow.trace.append(Reduction(block.name, into(), size[..., 0], x.shape[1] - r))
         return merge(x * size) / block.flow.size
 
 
