@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anatomy import branch, emit, project, read
+from .errors import VitreousError
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Reduction:
 
     def matrix(self) -> Tensor:
         """`[B, tokens, N]`: row j gives the shares, summing to 1, of the incoming tokens in token j."""
-        b, n = self.into.shape
-        m = self.weight.new_zeros(b, self.tokens, n).scatter_(1, self.into[:, None], self.weight[:, None])
+        into = self.into[:, None] == torch.arange(self.tokens, device=self.into.device)[:, None]
+        m = into * self.weight[:, None]
         return m / m.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
@@ -90,7 +91,10 @@ class PlainBlock(nn.Module):
         self.reducers = nn.ModuleList()
         self.train(block.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        # BEiT and EVA hand every block their positions and masks, which are None where the block is plain.
+        if unknown := [k for k, v in given.items() if v is not None and v is not False]:
+            raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}=")
         if self.first:
             self.flow.size = None
         size = self.flow.size

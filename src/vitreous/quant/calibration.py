@@ -39,7 +39,7 @@ class Watch:
         seen = len(self.low) > 0
         self.low = torch.minimum(self.low, low) if seen else low
         self.high = torch.maximum(self.high, high) if seen else high
-        keep = self.keep // rows.shape[1]
+        keep = -(-self.keep // rows.shape[1])  # rounded up: a sample must not be empty
         if len(rows) > keep:
             rows = rows[torch.randint(len(rows), (keep,)).to(rows.device)]
         self.parts.append(rows.clone())
