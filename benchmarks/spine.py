@@ -69,9 +69,7 @@ def nncf_int8(path: Path, images: Tensor, threads: int) -> Peer:
 
     nncf.set_log_level(logging.ERROR)
     data = nncf.Dataset(images.split(1), lambda x: x.numpy())
-    model = nncf.quantize(
-        ov.Core().read_model(path), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images)
-    )
+    model = nncf.quantize(ov.Core().read_model(path), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
     target = path.with_name("nncf.xml")
     ov.save_model(model, target, compress_to_fp16=False)
     config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
@@ -128,7 +126,8 @@ def show(proof: Proof, name: str) -> None:
     proof.save(RESULTS / f"{name}.json")
     batches = proof.batches
     head = ["model", "accuracy %", "Δ points [95 %]", *(f"b{b} ms/image" for b in batches), *(f"b{b} ×" for b in batches), "MB"]
-    print(f"\n{proof.data}, {proof.images} images, {proof.threads} threads, {proof.machine.get('cpu', '')}, {proof.date}, seed {proof.seed}\n")
+    where = f"{proof.threads} threads, {proof.machine.get('cpu', '')}, {proof.date}, seed {proof.seed}"
+    print(f"\n{proof.data}, {proof.images} images, {where}\n")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for m in proof.models:
         a, d = m.answers.accuracy, m.answers.difference

@@ -141,7 +141,9 @@ def main() -> None:
                 bar.update(task, advance=1)
             model.eval()
             with torch.inference_mode():
-                right = sum(int((model(u).argmax(1) == v).sum()) for u, v in zip(*(t.split(500) for t in data["test"]), strict=True))
+                right = sum(
+                    int((model(u).argmax(1) == v).sum()) for u, v in zip(*(t.split(500) for t in data["test"]), strict=True)
+                )
             row = {
                 "epoch": epoch + 1,
                 "loss": round(float(loss_sum) / steps, 4),
@@ -152,7 +154,9 @@ def main() -> None:
             bar.console.print(kept[-1])
             log.with_suffix(".part").write_text("\n".join(kept) + "\n")
             os.replace(log.with_suffix(".part"), log)
-            checkpoint(last, epoch=epoch + 1, model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
+            checkpoint(
+                last, epoch=epoch + 1, model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict()
+            )
 
     half = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
     target = a.out / "model.safetensors"

@@ -125,17 +125,13 @@ def test_torchvision() -> None:
     model = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
     found = read(model)
     assert (found.grid, found.prefix, found.class_token, found.width) == ((4, 4), 1, True, 32)
-    assert [b.attention.heads for b in found.blocks] == [2, 2] and found.blocks[0].attention.projections == (
-        "in_proj_weight",
-    )
+    assert [b.attention.heads for b in found.blocks] == [2, 2] and found.blocks[0].attention.projections == ("in_proj_weight",)
     assert not found.plain and found.classifier == "heads.head"
 
 
 def test_hugging_face() -> None:
     transformers = pytest.importorskip("transformers")
-    config = dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-    )
+    config = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
     found = read(transformers.ViTModel(transformers.ViTConfig(**config)))
     assert (found.grid, found.prefix, found.class_token, len(found.blocks)) == ((4, 4), 1, True, 2)
     found = read(transformers.DeiTModel(transformers.DeiTConfig(**config)))
@@ -249,9 +245,7 @@ def test_variants_that_are_plain(extra: dict[str, Any]) -> None:
 def test_separate_projections_are_plain() -> None:
     found = read(timm.create_model("vit_tiny_patch16_224", **TINY, qkv_bias=False))
     assert found.plain
-    eva = timm.create_model(
-        "eva02_base_patch14_224", img_size=28, embed_dim=32, depth=1, num_heads=2, use_rot_pos_emb=False
-    )
+    eva = timm.create_model("eva02_base_patch14_224", img_size=28, embed_dim=32, depth=1, num_heads=2, use_rot_pos_emb=False)
     assert read(eva).blocks[0].attention.projections == ("q_proj", "k_proj", "v_proj")
 
 

@@ -47,9 +47,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "tnt": (named("tnt_s_legacy_patch16_224", img_size=32, depth=1), 32, 2),
     "xcit": (named("xcit_nano_12_p16_224", depth=1), 32, 3),
     "swin": (
-        named(
-            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(1, 2)
-        ),
+        named("swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=16, depths=(2, 1), num_heads=(1, 2)),
         32,
         3,
     ),
@@ -210,9 +208,7 @@ def fused_kernels(model: nn.Module, x: Tensor) -> int:
     return sum(e.count for e in profile.key_averages() if e.key == "aten::scaled_dot_product_attention")
 
 
-def test_only_the_chosen_layers_are_seen_and_the_fused_kernel_runs_in_the_others(
-    vit: nn.Module, images: Tensor
-) -> None:
+def test_only_the_chosen_layers_are_seen_and_the_fused_kernel_runs_in_the_others(vit: nn.Module, images: Tensor) -> None:
     with torch.no_grad(), glass(vit, layers=[1, "blocks.3.attn"]) as g:
         vit(images)
     assert [v.name for v in g.views] == ["blocks.1.attn", "blocks.3.attn"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import small_vit
 from torch import Tensor, nn
 
 import vitreous as vt
-from conftest import small_vit
 from vitreous.steps import REGISTRY, Recipe, Step, history_of, make_step, slim
 
 # Arguments that make a step do something on the small model; a step that is not here is tried with its defaults.

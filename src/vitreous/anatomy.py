@@ -126,10 +126,7 @@ def read(model: nn.Module) -> Anatomy:
     grid, prefix, class_token = _tokens(model)
     stages = _stages(model, blocks)
     if len({s.reduction for s in stages if s.blocks}) > 1:
-        blocks = [
-            replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages")
-            for b in blocks
-        ]
+        blocks = [replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages") for b in blocks]
     return Anatomy(
         kind=type(model).__name__,
         grid=grid,

@@ -71,9 +71,7 @@ class Glass(TorchFunctionMode):
         if wrong := self.record - set(KINDS):
             raise VitreousError(f"glass cannot record {sorted(wrong)[0]!r}: choose from {', '.join(KINDS)}")
         if isinstance(reduce, str) and reduce not in REDUCTIONS:
-            raise VitreousError(
-                f"glass has no reduction {reduce!r}: choose {', '.join(REDUCTIONS)}, or give a function"
-            )
+            raise VitreousError(f"glass has no reduction {reduce!r}: choose {', '.join(REDUCTIONS)}, or give a function")
         if grad and reduce is not None:
             raise VitreousError("glass keeps gradients of whole maps only: use grad=True or reduce=, not both")
         self.reduce = REDUCTIONS[reduce] if isinstance(reduce, str) else reduce
@@ -237,9 +235,7 @@ class Glass(TorchFunctionMode):
                 setattr(view, kind, self._keep(kept))
         return view
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in SEEN:
             name = self._owner()
@@ -285,9 +281,7 @@ class Glass(TorchFunctionMode):
             self._note(view, None, q=q, k=k, v=v)
         if not self._wants(name, "attention") and not self._changed(name):
             self.views.append(view)
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
@@ -361,10 +355,7 @@ class Glass(TorchFunctionMode):
             if self._wants(name, "q", "k", "v") and weight is not None:
                 w, c = weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
                 sources = (query, key, call["value"])
-                made = [
-                    F.linear(s, w[i], c[i]).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-                    for i, s in enumerate(sources)
-                ]
+                made = [F.linear(s, w[i], c[i]).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for i, s in enumerate(sources)]
                 self._note(view, None, q=made[0], k=made[1], v=made[2])
             self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
         if not wanted:

@@ -115,7 +115,12 @@ def make_step(name: str, **parameters: Any) -> Step:
             hint = nearest(key, known) or f"; it has {', '.join(known) or 'none'}"
             raise VitreousError(f"step {found[0]} has no parameter '{key}'{hint}")
         value = tuple(value) if isinstance(value, list) else value
-        if isinstance(value, int) and not isinstance(value, bool) and _fits(float(value), hints[key]) and not _fits(value, hints[key]):
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and _fits(float(value), hints[key])
+            and not _fits(value, hints[key])
+        ):
             value = float(value)
         if not _fits(value, hints[key]):
             wanted_type = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
@@ -176,7 +181,9 @@ class Recipe:
         if isinstance(entries, dict) and set(entries) == {"steps"}:
             entries = entries["steps"]
         if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("step"), str) for e in entries):
-            raise VitreousError(f'{source} must be a list of objects, each with a "step" name, as in [{{"step": "tokens.EViT", "keep": 0.7}}]')
+            raise VitreousError(
+                f'{source} must be a list of objects, each with a "step" name, as in [{{"step": "tokens.EViT", "keep": 0.7}}]'
+            )
         return Recipe(tuple(make_step(e["step"], **{k: v for k, v in e.items() if k != "step"}) for e in entries))
 
     @staticmethod

@@ -24,7 +24,9 @@ BUNDLED = "vit_fashion"
 KEY = "vitreous"
 
 
-def open_model(model: str | Path | nn.Module | None = None, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any) -> nn.Module:
+def open_model(
+    model: str | Path | nn.Module | None = None, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any
+) -> nn.Module:
     """A model ready to be looked into and slimmed, in eval mode.
 
     Args:
@@ -77,7 +79,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds pickled code, which is never run: save its state_dict() alone, best as safetensors"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise VitreousError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0] if str(error) else 'it ends early'}") from error
+        raise VitreousError(
+            f"{path} is not a whole checkpoint: {str(error).splitlines()[0] if str(error) else 'it ends early'}"
+        ) from error
     for inner in ("state_dict", "model", "module", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(inner), Mapping):
             state = state[inner]
@@ -104,10 +108,12 @@ def _fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         found += [f"{len(extra)} unknown (first '{extra[0]}')"] if extra else []
         if wrong:
             k = sorted(wrong)[0]
-            found.append(f"{len(wrong)} of another shape (first '{k}': {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here)")
+            found.append(
+                f"{len(wrong)} of another shape (first '{k}': {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here)"
+            )
         raise VitreousError(
-            f"the weights in {source} do not fit {type(model).__name__}: {'; '.join(found)}. Name the model they were trained as, "
-            "with the same img_size and num_classes"
+            f"the weights in {source} do not fit {type(model).__name__}: {'; '.join(found)}. Name the model they were trained "
+            "as, with the same img_size and num_classes"
         )
     model.load_state_dict(state)
 
@@ -148,7 +154,9 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
     if not path.is_file():
         raise VitreousError(f"there is no file {path}")
     if path.suffix != ".safetensors":
-        raise VitreousError(f"{path} is no safetensors file; to use a checkpoint, name its timm model and pass it as the checkpoint")
+        raise VitreousError(
+            f"{path} is no safetensors file; to use a checkpoint, name its timm model and pass it as the checkpoint"
+        )
     state, metadata = _read_safetensors(path)
     if KEY not in metadata:
         raise VitreousError(f"{path} holds weights but no recipe: name its timm model and pass the file as the checkpoint")
@@ -157,12 +165,14 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
         named, entries = about["base"], [dict(e) for e in about["steps"]]
         done = [(make_step(e.pop("step"), **e), plan) for e in entries for plan in [e.pop("plan")]]
     except (ValueError, KeyError, TypeError) as error:
-        raise VitreousError(f"the recipe inside {path} cannot be read ({error}): the file is damaged or from a newer version") from error
+        raise VitreousError(
+            f"the recipe inside {path} cannot be read ({error}): the file is damaged or from a newer version"
+        ) from error
     if base is None:
         if named is None:
             raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
-        base = vit_fashion(**named["kwargs"]) if named["name"] == BUNDLED else _create(named["name"], False, named["kwargs"])
-        model = base.eval()
+        kwargs = named["kwargs"]
+        model = (vit_fashion(**kwargs) if named["name"] == BUNDLED else _create(named["name"], False, kwargs)).eval()
     else:
         model = copy.deepcopy(base).eval()
     for s, plan in done:

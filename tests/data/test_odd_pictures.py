@@ -76,9 +76,7 @@ def test_cmyk(tmp_path: Path) -> None:
 def test_exif_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90° clockwise
-    wide = Image.fromarray(
-        np.repeat(np.array([[0, 255]], np.uint8), 16, 0).repeat(8, 1).repeat(2, 1)
-    )  # left half black
+    wide = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 16, 0).repeat(8, 1).repeat(2, 1))  # left half black
     shown = read(wide, tmp_path / "a.jpg", exif=exif)
     assert shown.shape == (32, 16)
     assert shown[:12].mean() < 20 and shown[20:].mean() > 235  # the left half is on top

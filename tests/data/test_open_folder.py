@@ -76,9 +76,7 @@ def test_a_class_may_be_called_train(folder: Maker) -> None:
 
 
 def test_calibration_is_even_over_classes_and_repeatable(folder: Maker) -> None:
-    root = folder(
-        *(f"train/many/{i}.png" for i in range(30)), *(f"train/few/{i}.png" for i in range(4)), "test/many/x.png"
-    )
+    root = folder(*(f"train/many/{i}.png" for i in range(30)), *(f"train/few/{i}.png" for i in range(4)), "test/many/x.png")
     x = calibration(root, Model(2), 8, seed=5)
     assert torch.equal(x, calibration(root, Model(2), 8, seed=5))
     assert not torch.equal(x, calibration(root, Model(2), 8, seed=6))

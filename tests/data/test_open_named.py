@@ -100,7 +100,7 @@ def test_download_leaves_the_whole_set_or_nothing(no_usual_places: Path, monkeyp
         raise RuntimeError("the line went dead")
 
     monkeypatch.setattr(FashionMNIST, "download", breaks)
-    with pytest.raises(VitreousError, match="could not download FashionMNIST.*the line went dead"):
+    with pytest.raises(VitreousError, match=r"could not download FashionMNIST.*the line went dead"):
         open_data("fashion-mnist", download=True)
     assert list(cache.iterdir()) == []
 
@@ -111,14 +111,12 @@ def test_download_leaves_the_whole_set_or_nothing(no_usual_places: Path, monkeyp
     assert len(open_data("fashion-mnist", download=True)) == 20  # from the copy now there
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x00\x00\x08\x03\x00", b"\x1f\x8b broken", bytes([0, 0, 8, 1, 0, 0, 0, 9, 1])]
-)
+@pytest.mark.parametrize("content", [b"", b"\x00\x00\x08\x03\x00", b"\x1f\x8b broken", bytes([0, 0, 8, 1, 0, 0, 0, 9, 1])])
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_a_damaged_idx_file_is_named(tmp_path: Path, content: bytes, ending: str) -> None:
     for name in ("images-idx3", "labels-idx1"):
         (tmp_path / f"t10k-{name}-ubyte{ending}").write_bytes(content)
-    with pytest.raises(VitreousError, match="t10k-images-idx3-ubyte.*damaged"):
+    with pytest.raises(VitreousError, match=r"t10k-images-idx3-ubyte.*damaged"):
         fashion_arrays("test", tmp_path)
 
 

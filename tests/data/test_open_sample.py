@@ -66,9 +66,7 @@ def test_batches_cover_everything_in_the_same_order() -> None:
     assert len(data) == 70
     first, second = list(data.batches(32)), list(data.batches(32))
     assert [len(x) for x, _ in first] == [32, 32, 6]
-    assert (
-        first[0][0].shape == (32, 1, 28, 28) and first[0][0].dtype == torch.float32 and first[0][1].dtype == torch.int64
-    )
+    assert first[0][0].shape == (32, 1, 28, 28) and first[0][0].dtype == torch.float32 and first[0][1].dtype == torch.int64
     for (x, y), (u, v) in zip(first, second, strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
     assert torch.cat([y for _, y in first]).tolist() == data.labels.tolist()

@@ -58,9 +58,7 @@ def test_both_kinds_of_pretrained_cfg_and_all_crop_modes(mode: str) -> None:
     cfg = {"input_size": (1, 28, 28), "mean": (0.2860,), "std": (0.3530,), "crop_pct": 1.0, "crop_mode": mode}
     expected = open_data("sample", limit=4).tensor(range(4))
     for kind in (dict, PretrainedCfg):
-        model: Any = VisionTransformer(
-            img_size=28, in_chans=1, num_classes=10, patch_size=4, embed_dim=32, depth=1, num_heads=2
-        )
+        model: Any = VisionTransformer(img_size=28, in_chans=1, num_classes=10, patch_size=4, embed_dim=32, depth=1, num_heads=2)
         model.pretrained_cfg = kind(**cfg)
         torch.testing.assert_close(open_data("sample", model, limit=4).tensor(range(4)), expected)
 
@@ -74,7 +72,7 @@ def test_a_model_without_a_patch_grid_gets_the_size_in_its_cfg() -> None:
 def test_a_model_that_says_nothing_needs_a_transform() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 28 * 28, 10))
     for ask in (lambda: open_data("sample", model), lambda: calibration("sample", model, 2)):
-        with pytest.raises(VitreousError, match="Sequential has no pretrained_cfg.*transform="):
+        with pytest.raises(VitreousError, match=r"Sequential has no pretrained_cfg.*transform="):
             ask()
 
     def transform(image: Image.Image) -> torch.Tensor:

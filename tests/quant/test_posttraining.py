@@ -92,9 +92,7 @@ def test_fewer_bits_cost_more_and_are_called_simulated(
         small = step(weights, activations).apply(model, images)
         errors.append(error(small, model, others))
         assert bool(getattr(small, "simulated", "")) == (weights < 8)
-        assert getattr(rebuilt(step(weights, activations), model, small), "simulated", "") == getattr(
-            small, "simulated", ""
-        )
+        assert getattr(rebuilt(step(weights, activations), model, small), "simulated", "") == getattr(small, "simulated", "")
     assert errors == sorted(errors)
     for one in (step(weights=4), step(activations=4)):
         assert "bit" in one.apply(model, images).simulated
@@ -152,9 +150,7 @@ def test_the_machine_decides_the_range_once(model: nn.Module, images: Tensor, mo
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_reparameterization_keeps_the_function_and_gives_one_scale(
-    uneven: nn.Module, images: Tensor, bits: int
-) -> None:
+def test_reparameterization_keeps_the_function_and_gives_one_scale(uneven: nn.Module, images: Tensor, bits: int) -> None:
     step = RepQ(bits, bits)
     moved = copy.deepcopy(uneven)
     step.build(moved, step.plan(moved, images))
@@ -187,9 +183,7 @@ def test_repq_beats_minmax_where_channels_differ(uneven: nn.Module, images: Tens
 
 
 @pytest.mark.parametrize("step", BOTH)
-def test_names_stay_and_the_file_is_enough(
-    step: type[PostTraining], model: nn.Module, images: Tensor, others: Tensor
-) -> None:
+def test_names_stay_and_the_file_is_enough(step: type[PostTraining], model: nn.Module, images: Tensor, others: Tensor) -> None:
     for bits in (8, 4):
         small = step(bits, bits).apply(model, images)
         assert set(model.state_dict()) < set(small.state_dict())
@@ -256,9 +250,7 @@ def test_same_images_same_result_whatever_the_seed(step: type[PostTraining], mod
     assert not any(isinstance(m, (QuantLinear, PlainBlock)) for m in model.modules())
 
 
-def test_batches_of_calibration_see_the_same_range(
-    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_of_calibration_see_the_same_range(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     a = MinMax().apply(model, images).state_dict()
     monkeypatch.setattr("vitreous.quant.calibration.BATCH", 5)
     b = MinMax().apply(model, images).state_dict()

@@ -93,6 +93,4 @@ def test_the_search_treats_columns_apart() -> None:
     quantizer = Quantizer(4)
     scale, zero = search(x, quantizer.grid, 0, 15)
     alone = [search(x[:, [i]], quantizer.grid, 0, 15) for i in range(6)]
-    assert torch.allclose(scale, torch.cat([s for s, _ in alone])) and torch.equal(
-        zero, torch.cat([z for _, z in alone])
-    )
+    assert torch.allclose(scale, torch.cat([s for s, _ in alone])) and torch.equal(zero, torch.cat([z for _, z in alone]))

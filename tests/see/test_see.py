@@ -163,9 +163,7 @@ def test_grad_cam_is_what_autograd_gives_at_the_last_norm1(images: Tensor) -> No
 
 
 @EVERY
-@pytest.mark.parametrize(
-    "make", [small_vit, lambda: slim(small_vit(), EViT(keep=0.5)), lambda: slim(small_vit(), ToMe(r=3))]
-)
+@pytest.mark.parametrize("make", [small_vit, lambda: slim(small_vit(), EViT(keep=0.5)), lambda: slim(small_vit(), ToMe(r=3))])
 def test_batches_frozen_weights_no_grad_kernels_and_repetition(
     method: Callable[..., Tensor], make: Callable[[], nn.Module], images: Tensor
 ) -> None:
@@ -188,9 +186,7 @@ def test_batches_frozen_weights_no_grad_kernels_and_repetition(
 
 
 @EVERY
-def test_a_model_in_training_is_looked_at_in_eval_mode_and_left_so(
-    method: Callable[..., Tensor], images: Tensor
-) -> None:
+def test_a_model_in_training_is_looked_at_in_eval_mode_and_left_so(method: Callable[..., Tensor], images: Tensor) -> None:
     model = small_vit(proj_drop_rate=0.5, drop_path_rate=0.5)
     heat = method(model, images)
     model.train()
@@ -263,9 +259,7 @@ def test_rollout_goes_on_through_reductions(steps: list[Step], layout: str, imag
 
 
 @EVERY
-def test_a_reduction_that_keeps_all_changes_nothing(
-    method: Callable[..., Tensor], vit: nn.Module, images: Tensor
-) -> None:
+def test_a_reduction_that_keeps_all_changes_nothing(method: Callable[..., Tensor], vit: nn.Module, images: Tensor) -> None:
     small = slim(vit, [EViT(keep=1.0)])
     torch.testing.assert_close(method(small, images), method(vit, images), **SAME)
     assert see.survival(small, images) == [] and see.survival(vit, images) == []

@@ -129,9 +129,7 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("ending", [".onnx", ".xml", ".pt2"])
 @pytest.mark.parametrize("batch", [None, 2])
-def test_a_vit_ships_with_any_batch_or_one(
-    vit: VisionTransformer, tmp_path: Path, ending: str, batch: int | None
-) -> None:
+def test_a_vit_ships_with_any_batch_or_one(vit: VisionTransformer, tmp_path: Path, ending: str, batch: int | None) -> None:
     made = ship(vit, tmp_path / f"vit{ending}", batch=batch)
     assert made.parity.worst < 1e-5 and made.parity.agreement == 1
     assert made.parity.batches == ((1, 3, 16) if batch is None else (2,))
@@ -271,9 +269,7 @@ def test_an_existing_file_stays_unless_asked(small: nn.Module, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("ending", [".onnx", ".xml", ".pt2"])
-def test_a_full_disk_leaves_nothing(
-    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
+def test_a_full_disk_leaves_nothing(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     def write(path: Path, data: object) -> None:
         path.touch()
         raise OSError(28, "No space left on device")
@@ -299,9 +295,7 @@ def test_an_interrupt_leaves_nothing(small: nn.Module, tmp_path: Path, monkeypat
     assert not os.listdir(tmp_path) and small.training
 
 
-def test_what_cannot_be_shipped_says_why(
-    vit: VisionTransformer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_shipped_says_why(vit: VisionTransformer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     class Branches(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1) if images.sum() > 0 else -images.flatten(1)

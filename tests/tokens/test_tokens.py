@@ -7,9 +7,9 @@ import copy
 import pytest
 import timm
 import torch
+from conftest import filled, golden, small_vit
 from torch import Tensor, nn
 
-from conftest import filled, golden, small_vit
 from vitreous import VitreousError, slim
 from vitreous.blocks import PlainBlock, traced
 from vitreous.steps import Step
@@ -17,7 +17,10 @@ from vitreous.tokens import EViT, ToMe
 from vitreous.tokens.tome import bipartite_soft_matching
 
 # golden, timm name, the step that reproduces it
-REFERENCES = [("evit--deit_s_k07_fuse", "deit_small_patch16_224", EViT(keep=0.7)), ("tome--deit_t_r13", "deit_tiny_patch16_224", ToMe(r=13))]
+REFERENCES = [
+    ("evit--deit_s_k07_fuse", "deit_small_patch16_224", EViT(keep=0.7)),
+    ("tome--deit_t_r13", "deit_tiny_patch16_224", ToMe(r=13)),
+]
 
 
 @pytest.mark.parametrize(("name", "model", "step"), REFERENCES, ids=lambda v: str(v))
@@ -33,7 +36,11 @@ def test_official_outputs(name: str, model: str, step: Step) -> None:
 def lengths(model: nn.Module, x: Tensor) -> list[int]:
     """Tokens that leave each block."""
     seen: list[int] = []
-    hooks = [m.register_forward_hook(lambda _, __, out: seen.append(out.shape[1])) for m in model.modules() if isinstance(m, PlainBlock)]
+    hooks = [
+        m.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+        for m in model.modules()
+        if isinstance(m, PlainBlock)
+    ]
     with torch.no_grad():
         model(x)
     for hook in hooks:
@@ -64,7 +71,7 @@ def test_evit_fuses_the_rest_by_attention(vit: nn.Module, images: Tensor) -> Non
     x, q, k = torch.randn(2, 17, 48), torch.randn(2, 3, 17, 16), torch.randn(2, 3, 17, 16)
 
     class Block:
-        class attn:  # noqa: N801
+        class attn:
             scale = 0.25
 
         from vitreous.blocks import Flow
@@ -97,7 +104,12 @@ def test_down_to_one_token(vit: nn.Module, images: Tensor) -> None:
 @pytest.mark.parametrize("step", [EViT(keep=0.5), ToMe(r=3)], ids=str)
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2), ("vit_small_patch14_reg4_dinov2", 5), ("vit_base_patch16_siglip_224", 0)],
+    [
+        ("vit_tiny_patch16_224", 1),
+        ("deit_tiny_distilled_patch16_224", 2),
+        ("vit_small_patch14_reg4_dinov2", 5),
+        ("vit_base_patch16_siglip_224", 0),
+    ],
 )
 def test_prefix_tokens_and_grids(step: Step, name: str, prefix: int) -> None:
     """Prefix tokens stay, whatever their number; grids need not be square; the input may hold one image."""

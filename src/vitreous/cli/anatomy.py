@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 
-def anatomy(model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None) -> None:
+def anatomy(
+    model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None,
+) -> None:
     """Show patch grid, prefix tokens, blocks and attention, and which steps' blocks are plain."""
     from .. import store
     from ..anatomy import read

@@ -83,7 +83,8 @@ class Job:
         proof.save(self.folder / "proof.json")
         self.progress("writing the report", 0.0)
         done = [str(s) for s in history_of(small).steps()[len(before) :]]
-        title = f"{history_of(net).base['name'] if history_of(net).base else type(net).__name__} on {data.name}"
+        base = history_of(net).base
+        title = f"{base['name'] if base else type(net).__name__} on {data.name}"
         pictures = self._pictures(proof, net, small, data)
         write_report(proof, self.folder / "report.html", title=title, recipe=done, pictures=pictures, notes=self.notes)
         return proof
@@ -187,5 +188,3 @@ class Job:
                 pass  # the report says why there is no drift
             pictures.append(picture)
         return pictures
-
-

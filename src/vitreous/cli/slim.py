@@ -44,19 +44,18 @@ def slim(
     extra = {k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with _folder(out, overwrite) as (folder, target):
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            tasks: dict[str, Any] = {}
+    with _folder(out, overwrite) as (folder, target), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
 
-            def progress(what: str, share: float) -> None:
-                if what not in tasks:
-                    for done in tasks.values():
-                        bar.update(done, visible=False)
-                    tasks[what] = bar.add_task(what, total=1.0)
-                bar.update(tasks[what], completed=share)
+        def progress(what: str, share: float) -> None:
+            if what not in tasks:
+                for done in tasks.values():
+                    bar.update(done, visible=False)
+                tasks[what] = bar.add_task(what, total=1.0)
+            bar.update(tasks[what], completed=share)
 
-            job = Job(folder, data, seed, threads, budget, limit, progress)
-            proof = job.run(model, chosen, calibrate, pretrained, checkpoint, download, extra)
+        job = Job(folder, data, seed, threads, budget, limit, progress)
+        proof = job.run(model, chosen, calibrate, pretrained, checkpoint, download, extra)
     console.print(proof, width=max(console.width, 110))
     for line in job.notes:
         console.print(line, highlight=False)
@@ -93,5 +92,5 @@ def _folder(out: Path | None, overwrite: bool) -> Iterator[tuple[Path, Path]]:
 
 
 def _free(first: Path) -> Path:
-    names: Callable[[int], Path] = lambda i: first if i == 1 else first.with_name(f"{first.name}-{i}")  # noqa: E731
+    names: Callable[[int], Path] = lambda i: first if i == 1 else first.with_name(f"{first.name}-{i}")
     return next(names(i) for i in range(1, 10_000) if not names(i).exists())

@@ -53,9 +53,7 @@ def read_picture(path: Path, probe: bool = False) -> Image.Image:
     except FileNotFoundError as error:
         raise Unreadable("broken link" if path.is_symlink() else "no such file") from error
     except Exception as error:  # Pillow's decoders raise nearly every built-in kind on damaged files
-        raise Unreadable(
-            f"cannot be read: {getattr(error, 'strerror', None) or error or type(error).__name__}"
-        ) from error
+        raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error or type(error).__name__}") from error
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:

@@ -164,9 +164,7 @@ def calibration(
         listing = list_files(folder, "train", need_classes=False)
         good, skipped = readable(listing, balanced_order(listing.labels, seed), n)
         labels = listing.labels[good]
-        data = Data(
-            str(source), listing.classes, labels, lambda i: read_picture(listing.paths[good[i]]), prepare, skipped
-        )
+        data = Data(str(source), listing.classes, labels, lambda i: read_picture(listing.paths[good[i]]), prepare, skipped)
     if len(data) < n:
         raise VitreousError(f"{source} has {len(data)} images to calibrate on, not {n}: ask for at most {len(data)}")
     return data.tensor(range(n))
@@ -199,8 +197,7 @@ def _folder(source: str | Path) -> Path | None:
     if isinstance(source, Path) or len(folder.parts) != 1 or source.startswith((".", "~")):
         raise VitreousError(f"the data folder {source} does not exist")
     raise VitreousError(
-        f"no data set and no folder is called '{source}'{nearest(source.lower(), NAMES)}; "
-        f"the data sets are {', '.join(NAMES)}"
+        f"no data set and no folder is called '{source}'{nearest(source.lower(), NAMES)}; the data sets are {', '.join(NAMES)}"
     )
 
 
@@ -219,9 +216,7 @@ def _check_classes(source: str, classes: Sequence[str], logits: int | None) -> s
     )
 
 
-def _arrays(
-    name: str, split: str, download: bool, root: str | Path | None
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+def _arrays(name: str, split: str, download: bool, root: str | Path | None) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     """Class names, pictures `[N, H, W]` or `[N, H, W, 3]` uint8 and labels `[N]` of a data set in `NAMES`."""
     if name == "sample":
         return CLASSES, *sample_arrays(split)

@@ -125,9 +125,7 @@ def compare(
     if not n:
         raise VitreousError("the data has no images: give at least one batch")
     truth = np.concatenate(labels) if labels else None
-    found = {
-        name: _answers(seen[name], seen[reference], name == reference, truth, classes, embeds, seed) for name in names
-    }
+    found = {name: _answers(seen[name], seen[reference], name == reference, truth, classes, embeds, seed) for name in names}
     return found, n, torch.cat(kept)
 
 

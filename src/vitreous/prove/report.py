@@ -61,12 +61,10 @@ def write_report(
     that it has something for. Raises `VitreousError` when `path` cannot be written.
     """
     said = verdict(proof)
-    charts = (
-        [_latency_chart(proof, b, said.model) for b in proof.batches] if any(m.latency for m in proof.models) else []
+    charts = [_latency_chart(proof, b, said.model) for b in proof.batches] if any(m.latency for m in proof.models) else []
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        files("vitreous.prove").joinpath("report.html.j2").read_text("utf-8")
     )
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(files("vitreous.prove").joinpath("report.html.j2").read_text("utf-8"))
     text = template.render(
         title=title,
         proof=proof,
@@ -104,14 +102,10 @@ def _tiles(proof: Proof, m: Measured) -> list[dict[str, str]]:
     ]
     if a.difference:
         d = a.difference
-        tiles.append(
-            {"value": signed(d.value), "around": f"{signed(d.low)} to {signed(d.high)}", "what": "points of accuracy"}
-        )
+        tiles.append({"value": signed(d.value), "around": f"{signed(d.low)} to {signed(d.high)}", "what": "points of accuracy"})
     elif a.features:
         f = a.features
-        tiles.append(
-            {"value": f"{f.mean * 100:.1f} %", "around": f"{f.worst * 100:.1f} % at worst", "what": "feature error"}
-        )
+        tiles.append({"value": f"{f.mean * 100:.1f} %", "around": f"{f.worst * 100:.1f} % at worst", "what": "feature error"})
     if a.agreement:
         s = a.agreement
         tiles.append(

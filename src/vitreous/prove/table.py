@@ -39,26 +39,18 @@ def rows(proof: Proof) -> list[Row]:
     models = proof.models
     found = [
         _row("accuracy", "share of images answered rightly", models, lambda m: _percent(m.answers.accuracy)),
-        _row(
-            "Δ accuracy", "points against the reference, same images", models, lambda m: _points(m.answers.difference)
-        ),
+        _row("Δ accuracy", "points against the reference, same images", models, lambda m: _points(m.answers.difference)),
         _row("agreement", "same answer as the reference", models, lambda m: _percent(m.answers.agreement)),
         _row("feature error", "relative L2 distance from the reference, mean, and the worst image", models, _features),
     ]
     for batch in proof.batches:
-        found.append(
-            _row(f"ms / image, b{batch}", f"median at batch {batch}, and quartiles", models, partial(_ms, batch))
-        )
-        found.append(
-            _row(f"speed, b{batch}", "times the reference, median of paired rounds", models, partial(_speed, batch))
-        )
+        found.append(_row(f"ms / image, b{batch}", f"median at batch {batch}, and quartiles", models, partial(_ms, batch)))
+        found.append(_row(f"speed, b{batch}", "times the reference, median of paired rounds", models, partial(_speed, batch)))
     found += [
         _row("parameters", "", models, lambda m: _count(m.cost.parameters)),
         _row("MACs", "multiply-accumulates an image, counted as it ran", models, lambda m: _count(m.cost.macs)),
         _row("size", "bytes of all weights, or of the shipped file", models, lambda m: _bytes(m.cost.bytes)),
-        _row(
-            "memory", f"weights and live tensors at batch {max(proof.batches)}", models, lambda m: _bytes(m.cost.memory)
-        ),
+        _row("memory", f"weights and live tensors at batch {max(proof.batches)}", models, lambda m: _bytes(m.cost.memory)),
         _row("drift", "share of the attention that moved elsewhere", models, _drift),
     ]
     return [row for row in found if any(cell.value != MISSING for cell in row.cells)]
@@ -114,11 +106,7 @@ def _points(difference: Interval | None) -> Cell:
 
 def _features(m: Measured) -> Cell:
     f = m.answers.features
-    return (
-        Cell(MISSING)
-        if f is None
-        else Cell(f"{f.mean:.2%}".replace("%", " %"), f"worst {f.worst:.2%}".replace("%", " %"))
-    )
+    return Cell(MISSING) if f is None else Cell(f"{f.mean:.2%}".replace("%", " %"), f"worst {f.worst:.2%}".replace("%", " %"))
 
 
 def _ms(batch: int, m: Measured) -> Cell:

@@ -54,9 +54,7 @@ def verdict(proof: Proof) -> Verdict:
     if looked and looked.drift:
         moved = looked.drift.total_variation
         whose = "its attention" if looked is m else f"the attention of “{looked.name}”"
-        long.append(
-            f"{moved.value * 100:.1f} % of {whose} moved elsewhere ({moved.low * 100:.1f} to {moved.high * 100:.1f})."
-        )
+        long.append(f"{moved.value * 100:.1f} % of {whose} moved elsewhere ({moved.low * 100:.1f} to {moved.high * 100:.1f}).")
     return Verdict(", ".join(short), long, m)
 
 
@@ -83,8 +81,7 @@ def _accuracy(m: Measured, images: int, long: list[str]) -> list[str]:
     if a.agreement is not None:
         s = a.agreement
         long.append(
-            f"It gives the same answer for {s.value * 100:.1f} % of the images "
-            f"({s.low * 100:.1f} to {s.high * 100:.1f})."
+            f"It gives the same answer for {s.value * 100:.1f} % of the images ({s.low * 100:.1f} to {s.high * 100:.1f})."
         )
         return [f"same answer for {s.value * 100:.1f} %"]
     return []

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 FLOOR = 1e-10  # the smallest scale: something that is constantly zero would divide by it
 
+# `prove` reads it, and gives no speed to what only simulates integers.
+IN_TORCH = "torch computes the integers in floats; the shipped file runs them"
+
 Watcher = Callable[[Tensor], None]
 
 
@@ -30,9 +33,7 @@ class Quantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(
-        self, bits: int, symmetric: bool = False, limit: int | None = None, channels: int | None = None
-    ) -> None:
+    def __init__(self, bits: int, symmetric: bool = False, limit: int | None = None, channels: int | None = None) -> None:
         super().__init__()
         self.bits, self.symmetric, self.channels = bits, symmetric, channels
         self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
@@ -107,6 +108,8 @@ class QuantLinear(nn.Linear):
     `after` names the LayerNorm whose very output this layer reads, where scales may move from one to the other.
     """
 
+    simulated = IN_TORCH
+
     def __init__(self, linear: nn.Linear, x: Quantizer, w: Quantizer, after: str = "") -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -119,6 +122,8 @@ class QuantLinear(nn.Linear):
 
 class QuantConv2d(nn.Conv2d):
     """A convolution on quantized input and weight, around the parameters of another."""
+
+    simulated = IN_TORCH
 
     def __init__(self, conv: nn.Conv2d, x: Quantizer, w: Quantizer) -> None:
         super().__init__(

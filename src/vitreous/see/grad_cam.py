@@ -47,9 +47,7 @@ def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, la
             """The same with its first tensor as a leaf: the graph begins here, so the backward pass is short."""
             first = next((v for v in values if isinstance(v, Tensor)), None)
             if first is None:
-                raise VitreousError(
-                    f"layer '{name}' of {anatomy.kind} gives no single map of places: use another layer="
-                )
+                raise VitreousError(f"layer '{name}' of {anatomy.kind} gives no single map of places: use another layer=")
             torch.set_grad_enabled(True)
             leaf = first.detach().requires_grad_()
             seen.append((leaf, len(trace)))
@@ -82,9 +80,7 @@ def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, la
     elif values.ndim == 3:
         maps = _on_tokens(model, x, anatomy, values, slopes, trace[:count], name)
     else:
-        raise VitreousError(
-            f"layer '{name}' of {anatomy.kind} gives {list(values.shape)}, no places: use another layer="
-        )
+        raise VitreousError(f"layer '{name}' of {anatomy.kind} gives {list(values.shape)}, no places: use another layer=")
     if maps is None:
         raise VitreousError(
             f"no gradient reaches the places of layer '{name}' in {anatomy.kind}: it lies after the last attention, or "
@@ -111,9 +107,7 @@ def _find(model: nn.Module, anatomy: Anatomy, layer: int | str | None) -> tuple[
         return anatomy.blocks[number].attention.name, True
     if anatomy.stages:
         return anatomy.stages[-1].name, False
-    raise VitreousError(
-        f"{anatomy.kind} does not tell its last stage: give layer=, the name of a module, as in 'layer4'"
-    )
+    raise VitreousError(f"{anatomy.kind} does not tell its last stage: give layer=, the name of a module, as in 'layer4'")
 
 
 def _score(logits: Any, target: int | Tensor | None, anatomy: Anatomy, images: int) -> Tensor:

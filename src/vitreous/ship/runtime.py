@@ -95,9 +95,7 @@ class Runtime:
         """Numbers stored in the file's weights, the quantization scales among them."""
         weights = {"f32", "f16", "bf16", "i8", "u8"}
         stored = (op for op in self._graph().get_ops() if op.get_type_name() == "Constant")
-        return sum(
-            math.prod(op.get_output_shape(0)) for op in stored if op.get_element_type().get_type_name() in weights
-        )
+        return sum(math.prod(op.get_output_shape(0)) for op in stored if op.get_element_type().get_type_name() in weights)
 
     def _graph(self) -> Any:
         """The file as OpenVINO's graph, which reads ONNX too."""

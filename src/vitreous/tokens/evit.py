@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class KeepByClassAttention(nn.Module):
             return x
         # Only the class token's row of the attention map is needed, so the fused kernel can do the rest.
         rows = q[:, :, :1] if self.class_token else q
-        scores = rows * block.attn.scale @ k.mT
+        scores = rows * cast(float, block.attn.scale) @ k.mT
         scores = (scores if bias is None else scores + bias).softmax(-1).mean((1, 2))[:, p:]  # [B, N]
         order = scores.argsort(1, descending=True)
         sorted_x = x[:, p:].gather(1, order[..., None].expand(-1, -1, x.shape[2]))
