@@ -1,6 +1,6 @@
 """Ship a model as one file that another program can run, checked against the model it came from."""
 
 from .runtime import Runtime
-from .shipment import Parity, Shipment, ship
+from .shipment import Parity, Shipment, ship, ship_all
 
-__all__ = ["Parity", "Runtime", "Shipment", "ship"]
+__all__ = ["Parity", "Runtime", "Shipment", "ship", "ship_all"]

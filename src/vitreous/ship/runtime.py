@@ -24,8 +24,8 @@ INTEGER_OPS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm"
 class Runtime:
     """A shipped model ready to run: images [B, C, H, W] float32 in, logits [B, K] float32 out.
 
-    `.xml` runs in OpenVINO and `.onnx` in ONNX Runtime (in OpenVINO where that is not installed), both on the CPU. A
-    `.pt2` is not run here: torch unpickles it, so whoever trusts one calls `torch.export.load`.
+    `.xml` runs in OpenVINO and `.onnx` in ONNX Runtime, both on the CPU. A `.pt2` is not run here: torch unpickles it, so
+    whoever trusts one calls `torch.export.load`.
 
     `threads` is how many cores one call uses, None for as many as torch does. `precision` asks OpenVINO to compute
     what is not integers in "f32" (also None), "bf16" or "f16"; the attribute `precision` says what the processor
@@ -107,7 +107,7 @@ class Runtime:
         import openvino
 
         core = openvino.Core()
-        if self.path.suffix == ".xml" and not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
+        if not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
             raise VitreousError(f"{self.path} is not an OpenVINO model: it is not XML")  # or every front end tries it
         # A graph fixed to the batch in hand takes the same processor time as the dynamic one, so there is one for all.
         settings = {
@@ -128,10 +128,9 @@ class Runtime:
         return lambda images: compiled(images, share_inputs=True)[0]
 
     def _load_onnx(self, precision: str) -> Callable[[np.ndarray], np.ndarray]:
-        try:
-            import onnxruntime
-        except ImportError:
-            return self._load_openvino(precision)
+        import onnx
+        import onnxruntime
+
         if precision != "f32":
             raise VitreousError(f"ONNX Runtime runs on the CPU in f32, not {precision}; ship to .xml for that")
         options = onnxruntime.SessionOptions()
@@ -150,8 +149,6 @@ class Runtime:
                 # With a fixed batch it makes a float Gemm of every quantized linear.
                 disabled_optimizers=["MatMulAddFusion"],
             )
-            import onnx
-
             optimized = onnx.load(options.optimized_model_filepath)
         self.engine = "ONNX Runtime"
         self.integer_ops = sum(node.op_type in INTEGER_OPS for node in optimized.graph.node)

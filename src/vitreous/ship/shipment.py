@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def ship(
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> Shipment:
-    """Write `model` to `path` and check the file against it.
+    """Write `model` to `path` and check the file against it; `ship_all` writes several files from one trace.
 
     The ending decides the format: `.onnx`, `.xml` (OpenVINO, with a `.bin` beside it) or `.pt2` (torch.export).
     Fake-quantized linears become real integers with the model's own scales in the first two; `.pt2` keeps them
@@ -98,27 +98,61 @@ def ship(
     Raises VitreousError, with nothing left behind, for an unknown ending, a file that exists, a model that cannot be
     exported, a file that cannot be written, and a file whose logits differ by more than the tolerance.
     """
-    path = Path(path)
-    if path.suffix not in FORMATS:
-        raise VitreousError(f"cannot tell a format from {path.name!r}: use an ending of {', '.join(FORMATS)}")
+    return ship_all(model, [path], example=example, batch=batch, tolerance=tolerance, overwrite=overwrite)[0]
+
+
+def ship_all(
+    model: nn.Module,
+    paths: Iterable[str | Path],
+    *,
+    example: Tensor | None = None,
+    batch: int | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> list[Shipment]:
+    """`ship` to each of `paths`, of any formats, for the time of one: the model is traced and converted once."""
+    places = [Path(path) for path in paths]
     if batch is not None and batch < 1:
         raise VitreousError(f"batch is {batch}: give a size of at least 1, or None for any")
-    if reason := getattr(model, "simulated", None):
-        raise VitreousError(f"{path.name} is not written: {reason}. Quantize to 8 bits to ship the model")
-    present = [file for file in files(path) if file.exists()]
-    if present and not overwrite:
-        raise VitreousError(f"{present[0]} exists: choose another name, or ask to overwrite it")
+    for path in places:
+        if path.suffix not in FORMATS:
+            raise VitreousError(f"cannot tell a format from {path.name!r}: use an ending of {', '.join(FORMATS)}")
+        if reason := getattr(model, "simulated", None):
+            raise VitreousError(f"{path.name} is not written: {reason}. Quantize to 8 bits to ship the model")
+        present = [file for file in files(path) if file.exists()]
+        if present and not overwrite:
+            raise VitreousError(f"{present[0]} exists: choose another name, or ask to overwrite it")
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise VitreousError("the model is not on the CPU: call model.cpu() before shipping it")
     batches = BATCHES if batch is None else (batch,)
     images = _images(model, example, max(batches[-1], 2))
-    with _evaluating(model), _written_aside(path) as aside:
+    with _evaluating(model):
         # traced with two images: torch takes a batch of one for a constant
         program = trace(model, images[: batch or 2], dynamic=batch is None)
-        _write(program, aside)
+        quantized = is_quantized(program)
+        graph = to_onnx(program) if any(path.suffix != ".pt2" for path in places) else None
+        examples = [images[:size] for size in batches]
+        return [_ship(model, program, graph, path, examples, batch, quantized, tolerance) for path in places]
+
+
+def _ship(
+    model: nn.Module,
+    program: ExportedProgram,
+    graph: ModelProto | None,
+    path: Path,
+    examples: list[Tensor],
+    batch: int | None,
+    quantized: bool,
+    tolerance: float | None,
+) -> Shipment:
+    with _written_aside(path) as aside:
+        if graph is None or path.suffix == ".pt2":
+            _write_program(program, aside)
+        else:
+            (_write_onnx if path.suffix == ".onnx" else _write_openvino)(graph, aside)
         runtime = None if path.suffix == ".pt2" else Runtime(aside)
-        parity = _compare(model, runtime or _reloaded(aside), [images[:size] for size in batches])
-        integers = is_quantized(program) and runtime is not None
+        parity = _compare(model, runtime or _reloaded(aside), examples)
+        integers = quantized and runtime is not None
         limit = tolerance if tolerance is not None else INT8_TOLERANCE if integers else FLOAT_TOLERANCE
         if not (parity.mean <= limit and parity.worst <= WORST * limit):  # so that NaN is refused
             advice = "; on a processor without VNNI int8 kernels overflow: 7-bit weights do not" if integers else ""
@@ -162,16 +196,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _write(program: ExportedProgram, path: Path) -> None:
-    """Write the program to `path`. Raises VitreousError or OSError when it cannot be converted or written."""
-    if path.suffix == ".pt2":
-        buffer = io.BytesIO()  # torch's own file writer ends the process on a full disk
-        torch.export.save(program, buffer)
-        path.write_bytes(buffer.getbuffer())
-    elif path.suffix == ".onnx":
-        path.write_bytes(to_onnx(program).SerializeToString())
-    else:
-        _write_openvino(to_onnx(program), path)
+def _write_program(program: ExportedProgram, path: Path) -> None:
+    buffer = io.BytesIO()  # torch's own file writer ends the process on a full disk
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _write_onnx(model: ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString())
 
 
 def _write_openvino(model: ModelProto, path: Path) -> None:
