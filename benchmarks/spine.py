@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous.prove import Proof
+from vitreous.ship import ship_all
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -90,34 +91,26 @@ class Bf16(nn.Module):
             return self.model(x).float()
 
 
-def field(model: nn.Module, images: Tensor, keep: float, r: int, threads: int, folder: Path) -> dict[str, Any]:
-    """Every model of a comparison; the first is the reference."""
-    evit = vt.slim(model, vt.tokens.EViT(keep=keep))
-    steps = [vt.tokens.EViT(keep=keep), vt.quant.RepQ(weights=8, activations=8)]
-    variants = {
-        "original": model,
-        "tome": vt.slim(model, vt.tokens.ToMe(r=r)),
-        "evit": evit,
-        "repq": vt.slim(model, steps[1], images),
-        "both": vt.slim(model, steps, images),
-    }
-    for name, variant in variants.items():
-        vt.ship(variant, folder / f"{name}.xml", example=images[:16])
-    vt.ship(model, folder / "original.onnx", example=images[:16])
-    run = lambda name: vt.Runtime(folder / f"{name}.xml", threads=threads)
+def field(
+    model: nn.Module, images: Tensor, recipes: dict[str, list[vt.Step]], threads: int, folder: Path, r: int
+) -> dict[str, Any]:
+    """Every model of a comparison; the first is the reference. Each recipe runs in both runtimes, from the same export."""
+    tome = vt.slim(model, vt.tokens.ToMe(r=r))
+    ship_all(model, [folder / "original.onnx", folder / "original.xml"], example=images[:16])
     models: dict[str, Any] = {
         "timm fp32 eager": model,
-        "timm bf16": Bf16(model),
-        f"ToMe r={r}, eager": variants["tome"],
+        "timm bf16 autocast": Bf16(model),
+        f"ToMe r={r}, eager": tome,
         "ONNX Runtime fp32": onnxruntime(folder / "original.onnx", "ONNX Runtime fp32", threads),
-        "ONNX Runtime int8": onnxruntime_int8(folder / "original.onnx", threads),
-        "OpenVINO fp32": run("original"),
-        "NNCF int8": nncf_int8(folder / "original.xml", images, threads),
-        f"Vitreous ToMe r={r}": run("tome"),
-        f"Vitreous EViT {keep}": run("evit"),
-        "Vitreous RepQ W8A8": run("repq"),
-        f"Vitreous EViT {keep} + RepQ W8A8": run("both"),
+        "ONNX Runtime int8 dynamic": onnxruntime_int8(folder / "original.onnx", threads),
+        "OpenVINO fp32": vt.Runtime(folder / "original.xml", threads=threads),
+        "OpenVINO int8 by NNCF": nncf_int8(folder / "original.xml", images, threads),
     }
+    for i, (name, steps) in enumerate(recipes.items()):
+        small = vt.slim(model, steps, images)
+        for shipment in ship_all(small, [folder / f"{i}.onnx", folder / f"{i}.xml"], example=images[:16]):
+            runtime = vt.Runtime(shipment.path, threads=threads)
+            models[f"Vitreous {name}, {runtime.engine}"] = runtime
     return models
 
 
@@ -144,7 +137,12 @@ def bundled(a: argparse.Namespace, folder: Path, progress: Callable[[str, float]
     model = vt.open()
     images = vt.data.calibration("sample", model, 128, a.seed)
     data = vt.data.open_data("fashion-mnist", model, root=a.data)
-    models = field(model, images, a.keep or 0.7, 2, a.threads, folder)
+    recipes: dict[str, list[vt.Step]] = {
+        "RepQ W8A8": [vt.quant.RepQ()],
+        "EViT 0.2 in block 0": [vt.tokens.EViT(keep=0.2, at=(0,))],
+        "EViT 0.2 in block 0 + RepQ W8A8": [vt.tokens.EViT(keep=0.2, at=(0,)), vt.quant.RepQ()],
+    }
+    models = field(model, images, recipes, a.threads, folder, r=5)
     show(vt.prove(models, data, batches=(1, 64), seconds=a.seconds, threads=a.threads, seed=a.seed, progress=progress), "bundled")
 
 
@@ -152,7 +150,13 @@ def deit(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], N
     torch.manual_seed(a.seed)
     model = vt.open("deit_small_patch16_224")
     images = torch.randn(32, 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
-    models = field(model, images, a.keep or 0.5, 13, a.threads, folder)
+    recipes: dict[str, list[vt.Step]] = {
+        "RepQ W8A8": [vt.quant.RepQ()],
+        "EViT 0.7 + RepQ W8A8": [vt.tokens.EViT(keep=0.7), vt.quant.RepQ()],
+        "EViT 0.5 + RepQ W8A8": [vt.tokens.EViT(keep=0.5), vt.quant.RepQ()],
+        "EViT 0.2 in block 0 + RepQ W8A8": [vt.tokens.EViT(keep=0.2, at=(0,)), vt.quant.RepQ()],
+    }
+    models = field(model, images, recipes, a.threads, folder, r=13)
     data = (images[:16], None)
     show(vt.prove(models, data, batches=(1, 16), seconds=a.seconds, threads=a.threads, seed=a.seed, progress=progress), "deit")
 
@@ -195,7 +199,6 @@ def main() -> None:
     p.add_argument("--data", default=None, help="folder with Fashion-MNIST's IDX files")
     p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names")
     p.add_argument("--photos", help="folder of photographs")
-    p.add_argument("--keep", type=float, default=None)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seconds", type=float, default=60.0)
     p.add_argument("--seed", type=int, default=0)

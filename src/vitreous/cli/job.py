@@ -128,7 +128,13 @@ class Job:
         for i, (option, model) in enumerate(options.items()):
             self.progress(what, i / len(options))
             paths = [self.folder / option / name for name in ("model.onnx", "model.xml")]
-            shipments[option] = ship_all(model, paths, example=data.tensor(range(min(8, len(data)))))
+            try:
+                shipments[option] = ship_all(model, paths, example=data.tensor(range(min(8, len(data)))))
+            except VitreousError as reason:
+                if i == len(options) - 1 and not shipments:
+                    raise
+                self.notes.append(f"{option} was not shipped: {reason}")
+                continue
             for path in paths:
                 precision = self._float_precision() if path.suffix == ".xml" else None
                 runtime = Runtime(path, threads=self.threads, precision=precision)
@@ -147,7 +153,7 @@ class Job:
                 file.replace(self.folder / file.name)
             self.notes.append(str(replace(s, path=Path(s.path.name))))
         for other in options:
-            shutil.rmtree(self.folder / other)
+            shutil.rmtree(self.folder / other, ignore_errors=True)
         self.notes.append(f"shipped as {best}, the fastest of these that loses at most {100 * self.budget:g} points:")
         self.notes += [
             f"{name}: {cost[name] / cost[best]:.2f} × its time, {100 * loss[name]:+.1f} points lost" for name in candidates
