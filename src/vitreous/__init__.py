@@ -1,6 +1,6 @@
 """Vitreous makes vision transformers clear, small and fast."""
 
-from . import data, models, prune, quant, see, tokens
+from . import data, learn, models, prune, quant, see, tokens
 from .anatomy import read
 from .blocks import traced
 from .errors import VitreousError
@@ -22,6 +22,7 @@ __all__ = [
     "VitreousError",
     "data",
     "glass",
+    "learn",
     "load",
     "models",
     "open",

@@ -1,12 +1,12 @@
 """One plain attention and one plain block of ours, which hold the submodules of the block they replace under the same names.
 
-Token steps hook in between attention and MLP (`PlainBlock.reducers`), quantizers inside attention (`PlainAttention.operands`).
+Token steps hook in around attention and MLP (`PlainBlock.reducers`), quantizers inside attention (`PlainAttention.operands`).
 State-dict names do not change, so weights move freely between a model and its slimmed form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .anatomy import branch, emit, project, read
 from .errors import VitreousError
@@ -48,6 +49,11 @@ class Flow:
     trace: list[Reduction] | None = field(default=None, repr=False)
 
 
+# What an "ahead" reducer gives back: the tokens `[B, N', C]` that are left, `merge` (`[B, N, C]` to `[B, N', C]`) and `spread`
+# (the value of each token's new token, `[B, N', C]` to `[B, N, C]`).
+Fused = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
 class PlainAttention(nn.Module):
     """Softmax attention from the parts of a plain attention module; `[B, N, C]` to `[B, N, C]`.
 
@@ -63,24 +69,57 @@ class PlainAttention(nn.Module):
         self.operands: nn.ModuleDict | None = None
         self.train(attn.training)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, look: bool = False) -> Any:
-        """The output; with `look` also the queries and keys `[B, heads, N, d]`. `bias` is added to the scaled scores."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Callable[[Tensor], Fused] | None = None
+    ) -> Any:
+        """The output; with `look` also the queries and keys `[B, heads, N, d]`. `bias` is added to the scaled scores.
+
+        With `fuse` the output is that of fewer tokens, `[B, N', C]`: it is shown the probabilities `[B, heads, N, N]`, and the
+        values are made from the tokens that it leaves.
+        """
+        if fuse is not None:
+            return self._fused(x, bias, fuse)
         q, k, v = project(self, x)
-        scale, drop = cast(float, self.scale), cast(Any, getattr(self, "attn_drop", None))
-        p = drop.p if drop is not None and self.training else 0.0
         if self.operands is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=scale)
+            p = self._drop_rate()
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=cast(float, self.scale))
         else:
-            o = self.operands
-            scores = o["q"](q * scale) @ o["k"](k).mT
-            probs = F.softmax(scores if bias is None else scores + bias, dim=-1)
-            mixed = o["probs"](F.dropout(probs, p) if p > 0 else probs) @ o["v"](v)
+            mixed = self._mix(self._probabilities(q, k, bias), v)
         y = emit(self, mixed, x)
         return (y, q, k) if look else y
 
+    def _fused(self, x: Tensor, bias: Tensor | None, fuse: Callable[[Tensor], Fused]) -> Tensor:
+        probs = self._probabilities(*_queries_and_keys(self, x), bias)
+        left, merge, spread = fuse(probs)
+        # A map with its columns summed and its rows averaged, times new values, is the map as it was, times the values spread
+        # over the old tokens, its rows averaged after. So the map itself is never rearranged.
+        mixed = self._mix(probs, _to_heads(self, spread(_values(self, left))))
+        return emit(self, _to_heads(self, merge(mixed.transpose(1, 2).flatten(2))), left)
+
+    def _drop_rate(self) -> float:
+        drop = cast(Any, getattr(self, "attn_drop", None))
+        return drop.p if drop is not None and self.training else 0.0
+
+    def _probabilities(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        o, q = self.operands, q * cast(float, self.scale)
+        scores = q @ k.mT if o is None else o["q"](q) @ o["k"](k).mT
+        return F.softmax(scores if bias is None else scores + bias, dim=-1)
+
+    def _mix(self, probs: Tensor, v: Tensor) -> Tensor:
+        o, p = self.operands, self._drop_rate()
+        probs = F.dropout(probs, p) if p > 0 else probs
+        return probs @ v if o is None else o["probs"](probs) @ o["v"](v)
+
 
 class PlainBlock(nn.Module):
-    """A pre-norm block from the parts of another, with a hook point between attention and MLP; `[B, N, C]` to `[B, N', C]`."""
+    """A pre-norm block from the parts of another, with hook points for reducers; `[B, N, C]` to `[B, N', C]`.
+
+    A reducer's `place` says where it works, and so what it is called with:
+
+    - "between" attention and MLP, where it has no `place`: `(x, q, k, bias, block)`, to the tokens that are left;
+    - "after" the MLP: the same;
+    - "ahead", between the softmax and the values: `(x, probs, block)`, to a `Fused`.
+    """
 
     def __init__(self, block: nn.Module, name: str, flow: Flow, first: bool) -> None:
         super().__init__()
@@ -100,12 +139,28 @@ class PlainBlock(nn.Module):
         size = self.flow.size
         # Proportional attention (ToMe, section 3): a token that stands for s patches counts s times.
         bias = None if size is None else size.log().mT[:, None]
-        y, q, k = self.attn(cast(nn.Module, self.norm1)(x), bias, look=True)
+        norm1, q, k = cast(nn.Module, self.norm1), None, None
+        if ahead := self._reducers("ahead"):
+
+            def fuse(probs: Tensor) -> Fused:
+                nonlocal x
+                x, merge, spread = ahead[0](x, probs, self)
+                return norm1(x), merge, spread
+
+            y = self.attn(norm1(x), bias, fuse=fuse)
+        else:
+            y, q, k = self.attn(norm1(x), bias, look=True)
         x = x + branch(self, 1, y)
-        for reducer in self.reducers:
+        for reducer in self._reducers("between"):
             x = reducer(x, q, k, bias, self)
             q = k = None  # a second reducer in the same block would need the keys of tokens that are gone
-        return x + branch(self, 2, cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(x)))
+        x = x + branch(self, 2, cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(x)))
+        for reducer in self._reducers("after"):
+            x = reducer(x, q, k, bias, self)
+        return x
+
+    def _reducers(self, place: str) -> list[nn.Module]:
+        return [r for r in self.reducers if getattr(r, "place", "between") == place]
 
 
 def plain_blocks(model: nn.Module, step: str) -> list[PlainBlock]:
@@ -144,3 +199,37 @@ def _adopt(new: nn.Module, old: nn.Module) -> None:
         new.register_parameter(name, value)
     for name, value in old.named_buffers(recurse=False):
         new.register_buffer(name, value, persistent=name not in old._non_persistent_buffers_set)
+
+
+def _queries_and_keys(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `project`, without the values."""
+    a = cast(Any, attn)
+    if getattr(a, "qkv", None) is None:
+        q, k = a.q_proj(x), a.k_proj(x)
+    else:
+        made = _rows(a.qkv, x, slice(0, 2 * (a.qkv.out_features // 3)))
+        if getattr(a, "q_bias", None) is not None:
+            made = made + torch.cat((a.q_bias, a.k_bias))
+        q, k = made.chunk(2, -1)
+    q, k = _to_heads(a, q), _to_heads(a, k)
+    return getattr(a, "q_norm", nn.Identity())(q), getattr(a, "k_norm", nn.Identity())(k)
+
+
+def _values(attn: nn.Module, x: Tensor) -> Tensor:
+    """As `project`, the values alone, the heads side by side: `[B, N, C]`."""
+    a = cast(Any, attn)
+    if getattr(a, "qkv", None) is None:
+        return a.v_proj(x)
+    made = _rows(a.qkv, x, slice(2 * (a.qkv.out_features // 3), None))
+    return made if getattr(a, "v_bias", None) is None else made + a.v_bias
+
+
+def _to_heads(attn: Any, x: Tensor) -> Tensor:
+    return x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
+    """Some of the outputs of a linear layer, called as the module it is: what a quantizer holds for each output is cut alike."""
+    tensors = (*linear.named_parameters(), *linear.named_buffers())
+    outputs = cast(Any, linear).out_features
+    return functional_call(linear, {n: t[rows] for n, t in tensors if t.ndim and len(t) == outputs}, (x,))
