@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import small_vit
+from support import small_vit
 from timm.models.gcvit import GlobalContextVit
 from timm.models.volo import VOLO
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import small_vit
+from support import small_vit
 from torch import Tensor, nn
 
 import vitreous as vt

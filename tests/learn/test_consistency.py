@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_vit
+from support import small_vit
 from torch import Tensor, nn
 
 from vitreous import VitreousError, slim

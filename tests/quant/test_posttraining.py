@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import small_vit
+from support import small_vit
 from torch import Tensor, nn
 
 from vitreous.blocks import PlainBlock, traced

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import GOLDENS, fill, filled
 from PIL import Image
 from safetensors.torch import load_file
+from support import GOLDENS, fill, filled
 from torch import Tensor, nn
 
 from vitreous import see

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import small_vit
+from support import small_vit
 from torch import Tensor, nn
 
 from vitreous import see

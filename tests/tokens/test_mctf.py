@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import filled, golden, small_vit
+from support import filled, golden, small_vit
 from torch import Tensor, nn
 
 import vitreous as vt

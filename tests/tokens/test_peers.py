@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import small_vit
+from support import small_vit
 from torch import Tensor, nn
 
 import vitreous as vt

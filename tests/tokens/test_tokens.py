@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import filled, golden, small_vit
+from support import filled, golden, small_vit
 from torch import Tensor, nn
 
 from vitreous import VitreousError, slim

@@ -193,6 +193,10 @@ def _fold(model: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(kept)
     graph.initializer.extend(tensor for name, tensor in stored.items() if name in used)
+    # A stored tensor has its own shape; said twice, tools that transpose one (ONNX Runtime's quantizer) stumble over the other.
+    told = [value for value in graph.value_info if value.name not in stored]
+    del graph.value_info[:]
+    graph.value_info.extend(told)
     return model
 
 

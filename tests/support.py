@@ -1,0 +1,57 @@
+"""Shared by the tests: small models, and weights filled from their names as `tests/goldens` were made."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The deterministic weight that the goldens use for a tensor of this name and shape."""
+    draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    last = name.rsplit(".", 1)[-1]
+    if last == "running_var":
+        return 0.5 + np.abs(draw)
+    if last == "running_mean":
+        return 0.1 * draw
+    if len(shape) <= 1:
+        return 0.1 * draw if last == "bias" else (1.0 if last == "weight" else 0.5) + 0.1 * draw
+    if shape[0] == 1 or last != "weight":
+        return 0.2 * draw
+    return draw / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def filled(model: nn.Module) -> nn.Module:
+    state = {k: torch.from_numpy(np.asarray(fill(k, tuple(v.shape)))).to(v.dtype) for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def golden(name: str) -> tuple[dict[str, Any], np.ndarray, torch.Tensor]:
+    """`info`, expected output, and the input of a golden."""
+    with np.load(GOLDENS / f"{name}.npz") as z:
+        info, out = json.loads(bytes(z["info"])), z["out"]
+    x = np.random.default_rng(info["x_seed"]).standard_normal(info["x_shape"], dtype=np.float32)
+    return info, out, torch.from_numpy(x)
+
+
+def small_vit(depth: int = 4, seed: int = 0, **kwargs: Any) -> nn.Module:
+    """A plain ViT of 0.1 M parameters over 4 × 4 patches, with weights large enough that layers matter."""
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3, num_classes=7, **kwargs
+    )
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.15)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    return model.eval()
