@@ -25,23 +25,27 @@ class Bench:
         return self.now
 
 
-def test_order_rotates_and_warm_up_is_discarded():
-    bench = Bench(a=itertools.chain([100.0] * WARMUP, itertools.repeat(1.0)), b=2.0, c=3.0)
-    times = interleave(bench.runs(), rounds=4, clock=bench.clock)
-    assert "".join(bench.calls) == "abc" * WARMUP + "abc" + "bca" + "cab" + "abc"
-    assert {name: t.tolist() for name, t in times.items()} == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
+def test_each_has_its_turn_a_round_and_first_calls_are_discarded():
+    cold_then_warm = itertools.chain([100.0] * WARMUP, itertools.cycle([9.0, 1.0]))
+    bench = Bench(a=cold_then_warm, b=2.0, c=3.0)
+    times = interleave(bench.runs(), rounds=20, clock=bench.clock)
+    assert {name: t.tolist() for name, t in times.items()} == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [3.0] * 20}
+    calls = "".join(bench.calls).removeprefix("abc" * WARMUP)
+    turns = [calls[i : i + 6] for i in range(0, len(calls), 6)]
+    assert len(turns) == 20 and all(sorted(t[::2]) == ["a", "b", "c"] and t[::2] == t[1::2] for t in turns)
+    assert len(set(turns)) > 3  # nobody always follows the same one
 
 
-@pytest.mark.parametrize(("cost", "seconds", "rounds"), [(0.5, 20, 37), (100, 20, 5), (1e-6, 20, 300)])
+@pytest.mark.parametrize(("cost", "seconds", "rounds"), [(0.5, 20, 18), (100, 20, 5), (1e-6, 20, 300)])
 def test_rounds_fit_the_time(cost, seconds, rounds):
     bench = Bench(a=cost / 2, b=cost / 2)
     assert len(interleave(bench.runs(), seconds=seconds, clock=bench.clock)["a"]) == rounds
-    if rounds == 37:
-        assert bench.now == pytest.approx(seconds)
+    if rounds == 18:
+        assert bench.now == pytest.approx(seconds, abs=0.5)
 
 
 def test_latencies_are_per_image_and_paired(monkeypatch):
-    bench = Bench(slow=itertools.cycle([8.0, 16.0]), fast=itertools.cycle([2.0, 4.0]))
+    bench = Bench(slow=itertools.cycle([8.0, 8.0, 16.0, 16.0]), fast=itertools.cycle([2.0, 2.0, 4.0, 4.0]))
     seen = []
 
     def call(name):

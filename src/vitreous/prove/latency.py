@@ -1,4 +1,4 @@
-"""Interleaved timing: A B C, B C A, C A B, … so that whatever disturbs the machine disturbs every model alike."""
+"""Interleaved timing: every model once a round, in a new order each, so that what disturbs the machine disturbs all alike."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ def interleave(
     *,
     rounds: int | None = None,
     seconds: float = 10.0,
+    seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, np.ndarray]:
     """Seconds that each of `runs` took in each round, `[rounds]` apiece.
 
-    Each is called `WARMUP` times first, unrecorded. In a round each runs once, and the round after starts one further
-    on. Without `rounds`, there are as many as fit into `seconds` by the cost of the last warm-up, but 5 to 300.
+    Each is called `WARMUP` times first, unrecorded. In a round each has its turn, in an order drawn from `seed`: it runs twice
+    and the second is recorded, for the first meets a cache full of another model and threads that still spin for it, which is
+    not how a model is used. Without `rounds`, there are as many as fit into `seconds` by the cost of the last warm-up, but 5
+    to 300.
     """
     names = list(runs)
 
@@ -54,17 +57,18 @@ def interleave(
 
     warm = [sum(timed(name) for name in names) for _ in range(WARMUP)]
     if rounds is None:
-        fit = math.floor(seconds / max(warm[-1], 1e-9)) - WARMUP
+        fit = math.floor((seconds / max(warm[-1], 1e-9) - WARMUP) / 2)
         rounds = min(max(fit, LEAST_ROUNDS), MOST_ROUNDS)
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = np.random.default_rng(seed)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # as timeit does: a collection would be charged to whichever model it happens to hit
     try:
         for r in range(rounds):
-            start = r % len(names)
-            for name in names[start:] + names[:start]:
-                times[name].append(timed(name))
+            for i in order.permutation(len(names)):
+                runs[names[i]]()
+                times[names[i]].append(timed(names[i]))
             tick((r + 1) / rounds)
     finally:
         if collecting:
@@ -95,6 +99,7 @@ def latencies(
                 {name: partial(call, x) for name, call in calls.items()},
                 rounds=rounds,
                 seconds=seconds / len(batches),
+                seed=seed,
                 tick=lambda fraction, i=i: tick((i + fraction) / len(batches)),
             )
         for name, t in times.items():
