@@ -56,6 +56,10 @@ class Step:
         """Why this step makes no sense after those; empty when it does."""
         return ""
 
+    def refuse_before(self, following: Step) -> str:
+        """Why `following` makes no sense once this step is done; empty when it does."""
+        return ""
+
     def apply(self, model: nn.Module, calibration: Tensor | None = None) -> nn.Module:
         """A changed copy of `model`, in eval mode; the argument is not touched.
 
@@ -63,8 +67,13 @@ class Step:
         when calibration images are needed and missing.
         """
         history = history_of(model)
-        if reason := self.refuse_after(history.steps()):
-            raise VitreousError(f"{self.name} cannot come after {', '.join(s.name for s in history.steps())}: {reason}")
+        done = history.steps()
+        for names, reason in (
+            (", ".join(s.name for s in done), self.refuse_after(done)),
+            *((s.name, s.refuse_before(self)) for s in done),
+        ):
+            if reason:
+                raise VitreousError(f"{self.name} cannot come after {names}: {reason}")
         if self.needs_calibration and calibration is None:
             raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
         if calibration is not None and not torch.isfinite(calibration).all():
