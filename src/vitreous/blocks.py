@@ -6,7 +6,7 @@ State-dict names do not change, so weights move freely between a model and its s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -179,6 +179,14 @@ def plain_blocks(model: nn.Module, step: str) -> list[PlainBlock]:
             setattr(model.get_submodule(parent), child, block)
         blocks.append(block)
     return blocks
+
+
+def places(step: Any, depth: int, default: Iterable[int]) -> list[int]:
+    """The blocks where a token step acts, in order: its `at`, or `default` where that is None."""
+    at = sorted(set(default if step.at is None else step.at))
+    if wrong := [i for i in at if not 0 <= i < depth]:
+        raise VitreousError(f"{step.name}: the model has blocks 0 to {depth - 1}, there is no block {wrong[0]}")
+    return at
 
 
 @contextmanager

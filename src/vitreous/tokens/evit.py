@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, plain_blocks
+from ..blocks import PlainBlock, Reduction, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -84,9 +84,7 @@ class EViT(Step):
         anatomy = read(model)
         blocks = plain_blocks(model, self.name)
         depth = len(blocks)
-        at = self.at if self.at is not None else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-        if wrong := [i for i in at if not 0 <= i < depth]:
-            raise VitreousError(f"{self.name}: the model has blocks 0 to {depth - 1}, there is no block {wrong[0]}")
+        at = places(self, depth, (depth // 4, depth // 2, 3 * depth // 4))
         for i in at:
             if len(blocks[i].reducers):
                 raise VitreousError(f"{self.name}: block {i} already shortens its tokens; choose other blocks with at=")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import Fused, PlainBlock, Reduction, plain_blocks
+from ..blocks import Fused, PlainBlock, Reduction, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -190,10 +190,7 @@ class MCTF(Step):
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         prefix = read(model).prefix
         blocks = plain_blocks(model, self.name)
-        depth = len(blocks)
-        at = self.at if self.at is not None else tuple(range(1, depth))
-        if wrong := [i for i in at if not 0 <= i < depth]:
-            raise VitreousError(f"{self.name}: the model has blocks 0 to {depth - 1}, there is no block {wrong[0]}")
+        at = places(self, len(blocks), range(1, len(blocks)))
         for i in at if self.r else ():  # without a reducer the fused attention kernel stays
             if len(blocks[i].reducers):
                 raise VitreousError(f"{self.name}: block {i} already shortens its tokens; choose other blocks with at=")

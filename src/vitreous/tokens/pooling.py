@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, plain_blocks
+from ..blocks import PlainBlock, Reduction, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -70,12 +70,9 @@ class UniformPooling(Step):
         blocks = plain_blocks(model, self.name)
         if anatomy.grid is None:
             raise VitreousError(f"{self.name} pools the patches of a grid, and {anatomy.kind} tells of none")
-        depth = len(blocks)
-        at = self.at if self.at is not None else (depth // 2,)
+        at = places(self, len(blocks), (len(blocks) // 2,))
         (h, w), last = anatomy.grid, -1
-        for i in sorted(at):
-            if not 0 <= i < depth:
-                raise VitreousError(f"{self.name}: the model has blocks 0 to {depth - 1}, there is no block {i}")
+        for i in at:
             if shortened := [j for j in range(last + 1, i + 1) if len(blocks[j].reducers)]:
                 raise VitreousError(
                     f"{self.name}: block {shortened[0]} already shortens its tokens, and block {i} has no grid to pool any more"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, plain_blocks
+from ..blocks import PlainBlock, Reduction, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -70,11 +70,9 @@ class RandomChoice(Step):
         if anatomy.grid is None:
             raise VitreousError(f"{self.name} draws among the patches of a grid, and {anatomy.kind} tells of none")
         depth = len(blocks)
-        at = self.at if self.at is not None else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        at = places(self, depth, (depth // 4, depth // 2, 3 * depth // 4))
         generator = torch.Generator().manual_seed(self.seed)
-        for i in sorted(at):
-            if not 0 <= i < depth:
-                raise VitreousError(f"{self.name}: the model has blocks 0 to {depth - 1}, there is no block {i}")
+        for i in at:
             if len(blocks[i].reducers):
                 raise VitreousError(f"{self.name}: block {i} already shortens its tokens; choose other blocks with at=")
             device = next(blocks[i].parameters()).device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, plain_blocks
+from ..blocks import PlainBlock, Reduction, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -118,9 +118,7 @@ class TokenSlimming(Step):
         if anatomy.grid is None or anatomy.width is None:
             raise VitreousError(f"{self.name} counts the patches of a grid, and {anatomy.kind} tells of none")
         depth = len(blocks)
-        at = self.at if self.at is not None else tuple({max(depth * part // 16, 1) - 1 for part in (9, 12, 14)})
-        if wrong := [i for i in at if not 0 <= i < depth]:
-            raise VitreousError(f"{self.name}: the model has blocks 0 to {depth - 1}, there is no block {wrong[0]}")
+        at = places(self, depth, (max(depth * part // 16, 1) - 1 for part in (9, 12, 14)))
         if shortened := [i for i in range(max(at, default=-1) + 1) if len(blocks[i].reducers)]:
             raise VitreousError(
                 f"{self.name}: block {shortened[0]} already shortens the tokens, and its modules are sized for all the patches: "
@@ -130,7 +128,7 @@ class TokenSlimming(Step):
             return
         patches = anatomy.grid[0] * anatomy.grid[1]
         reference = next(model.parameters())
-        for stage, i in enumerate(sorted(set(at)), start=1):
+        for stage, i in enumerate(at, start=1):
             keep = max(int(patches * self.keep**stage), 1)
             module = TokenSlimmingModule(anatomy.width, keep, anatomy.prefix)
             blocks[i].reducers.append(module.to(reference.device, reference.dtype))
