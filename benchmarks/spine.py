@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import vitreous as vt
 from vitreous.prove import Proof
 from vitreous.ship import ship_all
+from vitreous.ship.runtime import files
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -40,7 +41,7 @@ class Peer:
 
 
 def size_of(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.parent.glob(path.stem + ".*"))
+    return sum(p.stat().st_size for p in files(path))
 
 
 def onnxruntime(path: Path, kind: str, threads: int) -> Peer:
