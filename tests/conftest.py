@@ -7,6 +7,8 @@ import torch
 from support import small_vit
 from torch import nn
 
+torch.set_num_threads(1)  # there are as many workers as cores
+
 
 @pytest.fixture
 def vit() -> nn.Module:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitreous import VitreousError
 from vitreous.models import stvit
 from vitreous.models.official import load_official, variants
-from vitreous.ship import ship
+from vitreous.ship import ship_all
 
 FLAGS = ("use_global", "use_conv_pos", "relative_pos", "shortcut")
 SMALL: dict[str, Any] = dict(embed_dim=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 4, 8), num_classes=7, drop_path_rate=0.0)
@@ -184,8 +184,8 @@ def test_low_precision_and_export(images: Tensor, tmp_path: Path) -> None:
     model = small(relative_pos=True, use_conv_pos=True)
     with torch.no_grad():
         assert torch.isfinite(copy.deepcopy(model).bfloat16()(images.bfloat16())).all()
-    for file in ("m.onnx", "m.xml"):
-        assert ship(model, tmp_path / file, example=images, tolerance=1e-3).parity.agreement == 1
+    for made in ship_all(model, [tmp_path / "m.onnx", tmp_path / "m.xml"], example=images, tolerance=1e-3):
+        assert made.parity.agreement == 1
 
 
 def test_refusals(images: Tensor) -> None:

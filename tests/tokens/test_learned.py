@@ -176,7 +176,7 @@ class TestSemanticTokens:
             SemanticTokens(tokens=0)
         with pytest.raises(VitreousError, match="already shortens"):
             slim(slim(vit, vt.tokens.ToMe()), SemanticTokens(tokens=4))
-        with pytest.raises(VitreousError, match="already shortens"):
+        with pytest.raises(VitreousError, match="no patches to choose from"):
             slim(slim(vit, SemanticTokens(tokens=4)), vt.tokens.ToMe())
 
 

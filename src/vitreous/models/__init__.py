@@ -1,12 +1,13 @@
 """Architectures, registered with timm on import: `timm.create_model("sit_tiny")` works after `import vitreous.models`."""
 
-from . import bundled, dependencyvit, dyn_perceiver, lookupvit, sit, sparseformer, stvit
+from . import bundled, dependencyvit, dyn_perceiver, early_exit, lookupvit, sit, sparseformer, stvit
 from .official import load_official, variants
 
 __all__ = [
     "bundled",
     "dependencyvit",
     "dyn_perceiver",
+    "early_exit",
     "load_official",
     "lookupvit",
     "sit",
