@@ -25,7 +25,7 @@ from vitreous.models.dependencyvit import (
     likeliest_tree,
 )
 from vitreous.models.official import load_official
-from vitreous.ship import Runtime, ship
+from vitreous.ship import Runtime, ship_all
 
 
 def tiny(**kwargs: object) -> DependencyViT:
@@ -223,9 +223,8 @@ def test_registered() -> None:
 @pytest.mark.parametrize("lite", [False, True])
 def test_exports(lite: bool, x: Tensor, tmp_path: Path) -> None:
     model = tiny(lite=lite, depth=2)
-    for path in (tmp_path / "m.onnx", tmp_path / "m.xml"):
-        ship(model, path)
-        runtime = Runtime(path)
+    for shipment in ship_all(model, [tmp_path / "m.onnx", tmp_path / "m.xml"]):
+        runtime = Runtime(shipment.path)
         for n in (1, 3):
             with torch.no_grad():
                 assert (runtime(x[:n]) - model(x[:n])).abs().max() < 1e-3

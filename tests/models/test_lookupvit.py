@@ -16,7 +16,7 @@ from vitreous.errors import VitreousError
 from vitreous.models.lookupvit import LookupBlock, LookupViT, resize_matrix
 from vitreous.models.official import load_official
 from vitreous.prove.cost import macs
-from vitreous.ship import Runtime, ship
+from vitreous.ship import Runtime, ship_all
 
 TINY = dict(img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=5, compress=(3, 4))
 
@@ -158,9 +158,8 @@ def test_registered() -> None:
 def test_exports(x: Tensor, tmp_path: Path) -> None:
     model = tiny()
     model.compress = (2, 3)
-    for path in (tmp_path / "m.onnx", tmp_path / "m.xml"):
-        ship(model, path)
-        runtime = Runtime(path)
+    for shipment in ship_all(model, [tmp_path / "m.onnx", tmp_path / "m.xml"]):
+        runtime = Runtime(shipment.path)
         for n in (1, 3):
             with torch.no_grad():
                 assert (runtime(x[:n]) - model(x[:n])).abs().max() < 1e-3

@@ -19,7 +19,7 @@ from vitreous.models import sit
 from vitreous.models.official import load_official, variants
 from vitreous.prove.cost import macs
 from vitreous.see import rollout
-from vitreous.ship import ship
+from vitreous.ship import ship_all
 from vitreous.tokens import EViT
 
 SMALL: dict[str, Any] = dict(img_size=64, embed_dim=48, depth=4, num_heads=3, stage_blocks=(1, 1, 2), num_classes=7)
@@ -147,8 +147,8 @@ def test_low_precision_and_export(images: Tensor, tmp_path: Path) -> None:
     model = small()
     with torch.no_grad():
         assert torch.isfinite(copy.deepcopy(model).bfloat16()(images.bfloat16())).all()
-    for file in ("m.onnx", "m.xml"):
-        assert ship(model, tmp_path / file, example=images, tolerance=1e-3).parity.agreement == 1
+    for made in ship_all(model, [tmp_path / "m.onnx", tmp_path / "m.xml"], example=images, tolerance=1e-3):
+        assert made.parity.agreement == 1
 
 
 def test_rooms_work_on_it(images: Tensor) -> None:

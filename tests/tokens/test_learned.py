@@ -20,7 +20,7 @@ from vitreous.blocks import traced
 from vitreous.learn.frd import frd, reverse_modules
 from vitreous.models import sit
 from vitreous.prove.cost import macs
-from vitreous.ship import ship
+from vitreous.ship import ship_all
 from vitreous.steps import Step
 from vitreous.tokens.semantic import SemanticTokens, arrange, deal
 from vitreous.tokens.slimming import TokenSlimming
@@ -212,8 +212,8 @@ class TestBoth:
 
     def test_exports(self, step: Step, images: Tensor, tmp_path: Path) -> None:
         small = slim(small_vit(depth=3), step)
-        for file in ("m.onnx", "m.xml"):
-            assert ship(small, tmp_path / file, example=images, tolerance=1e-3).parity.agreement == 1
+        for made in ship_all(small, [tmp_path / "m.onnx", tmp_path / "m.xml"], example=images, tolerance=1e-3):
+            assert made.parity.agreement == 1
 
     def test_low_precision_and_compile(self, step: Step, images: Tensor) -> None:
         small = slim(small_vit(depth=3), step)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitreous import VitreousError, slim
 from vitreous.learn.sparsifiner import connectivity_loss, predictor_parameters, sparsifiner_distillation
-from vitreous.ship import Runtime, ship
+from vitreous.ship import Runtime, ship_all
 from vitreous.steps import history_of
 from vitreous.tokens import EViT
 from vitreous.tokens.sparsifiner import ConnectivityPredictor, SparseAttention, Sparsifiner
@@ -155,9 +155,8 @@ def test_refusals(vit: nn.Module) -> None:
 
 def test_exports(images: Tensor, tmp_path: Path) -> None:
     sparse = slim(small_vit(depth=2), [EViT(keep=0.7, at=(0,)), Sparsifiner(budget=0.3)])
-    for path in (tmp_path / "m.onnx", tmp_path / "m.xml"):
-        ship(sparse, path)
-        runtime = Runtime(path)
+    for shipment in ship_all(sparse, [tmp_path / "m.onnx", tmp_path / "m.xml"]):
+        runtime = Runtime(shipment.path)
         for n in (1, 6):
             with torch.no_grad():
                 assert (runtime(images[:n]) - sparse(images[:n])).abs().max() < 1e-3
