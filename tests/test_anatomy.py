@@ -236,7 +236,7 @@ def test_variants_that_are_plain(extra: dict[str, Any]) -> None:
     model = small_vit(depth=1, **extra)
     assert read(model).plain, str(read(model))
     x = torch.randn(2, 5, 48)
-    block = model.blocks[0]  # type: ignore[index]
+    block = model.blocks[0]
     with torch.no_grad():
         torch.testing.assert_close(plain_forward(block, x), block(x), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(mix(block.attn, x), block.attn(x), atol=1e-5, rtol=1e-5)
@@ -255,7 +255,7 @@ def test_half_precision_is_read(images: Tensor) -> None:
 
 def test_reading_leaves_the_model_as_it_was() -> None:
     model = small_vit(depth=2).train()
-    model.blocks[0].attn.eval()  # type: ignore[index]
+    model.blocks[0].attn.eval()
     modes = [m.training for m in model.modules()]
     state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     read(model)

@@ -118,7 +118,7 @@ def test_every_family_is_seen_and_not_changed(family: str) -> None:
 def tv() -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
-    nn.init.normal_(model.heads.head.weight, std=0.2)  # type: ignore[union-attr]
+    nn.init.normal_(model.heads.head.weight, std=0.2)
     return model.eval()
 
 
@@ -132,7 +132,7 @@ def test_torchvision(tv: nn.Module, images: Tensor) -> None:
     view, attn = g[0], tv.get_submodule(g.names[0])
     assert view.q is not None and view.k is not None and view.v is not None and view.attention is not None
     torch.testing.assert_close((view.q @ view.k.mT / 4).softmax(-1), view.attention, **SAME)
-    mixed = attn.out_proj((view.attention @ view.v).transpose(1, 2).flatten(2))  # type: ignore[operator]
+    mixed = attn.out_proj((view.attention @ view.v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(mixed, view.output, **SAME)
     assert view.block is not None and view.block.shape == (6, 17, 32)
 
@@ -150,7 +150,7 @@ def test_torchvision_interventions(tv: nn.Module, images: Tensor) -> None:
             tv(images)
         with glass(tv, record=("q", "k")) as free:
             tv(images)
-        attn.out_proj.weight[:, :16] = 0  # type: ignore[index,union-attr]
+        attn.out_proj.weight[:, :16] = 0
         torch.testing.assert_close(masked, tv(images), **SAME)
     assert not torch.allclose(masked, before, atol=1e-3)
     q, k = free[1].q, free[1].k
@@ -184,7 +184,7 @@ def test_hugging_face(images: Tensor) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_parts_recompose_to_what_the_layer_gave(images: Tensor, fused: bool) -> None:
     model = small_vit()
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         block.attn.fused_attn = fused
     with torch.no_grad(), glass(model, record=("attention", "q", "k", "v", "output", "block")) as g:
         model(images)
@@ -271,7 +271,7 @@ def test_calls_add_up_until_cleared_and_the_last_view_is_found(vit: nn.Module, i
     with torch.no_grad(), glass(vit) as g:
         vit(images)
         vit(images[:2])
-        assert len(g.attention) == 8 and g["blocks.2.attn"].attention.shape[0] == 2  # type: ignore[union-attr]
+        assert len(g.attention) == 8 and g["blocks.2.attn"].attention.shape[0] == 2
         g.clear()
         vit(images[:1])
     assert [len(a) for a in g.attention] == [1] * 4
@@ -298,7 +298,7 @@ def silenced(model: nn.Module, layer: int, heads: list[int]) -> Iterator[None]:
 @pytest.mark.parametrize("heads", [1, [0, 2]])
 def test_a_masked_head_gives_nothing(images: Tensor, fused: bool, heads: int | list[int]) -> None:
     model = small_vit()
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         block.attn.fused_attn = fused
     with torch.no_grad():
         with glass(model, record=()) as g:
@@ -326,7 +326,7 @@ def test_a_head_factor_scales(vit: nn.Module, images: Tensor) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_cut_edges_carry_nothing_and_the_rest_stays_normalised(images: Tensor, fused: bool) -> None:
     model = small_vit()
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         block.attn.fused_attn = fused
     edges = torch.zeros(17, 17, dtype=torch.bool)
     edges[0, 5:] = True

@@ -37,7 +37,7 @@ def test_the_three_terms(model: nn.Module, images: Tensor, labels: Tensor) -> No
         torch.testing.assert_close(bare, F.cross_entropy(model(images), labels) + F.cross_entropy(other(images), labels))
         sure = model(images).softmax(-1)[torch.arange(6), labels] > 0.1
         assert 0 < sure.sum() < 6
-        ours, theirs = (m.forward_features(images)[:, 0] for m in (model, other))  # type: ignore[operator]
+        ours, theirs = (m.forward_features(images)[:, 0] for m in (model, other))
         apart = (ours - theirs).square().mean(1)[sure].mean()
     assert apart > 0
     torch.testing.assert_close(total - bare, 3 * apart, atol=1e-4, rtol=1e-4)
@@ -48,7 +48,7 @@ def test_the_other_side_is_a_fixed_target(model: nn.Module, images: Tensor, labe
     with torch.no_grad():
         torch.testing.assert_close(loss(model, images, labels, threshold=1.0), loss(model, images, labels, weight=0.0))
     seen: list[Tensor] = []
-    hook = model.norm.register_forward_hook(lambda _, __, out: (out.retain_grad(), seen.append(out))[0])  # type: ignore[union-attr]
+    hook = model.norm.register_forward_hook(lambda _, __, out: (out.retain_grad(), seen.append(out))[0])
     with_, without = [], []
     for weight, grads in ((3.0, with_), (0.0, without)):
         seen.clear()

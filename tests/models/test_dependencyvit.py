@@ -30,15 +30,13 @@ from vitreous.ship import Runtime, ship_all
 
 def tiny(**kwargs: object) -> DependencyViT:
     torch.manual_seed(0)
-    model = DependencyViT(
-        **{**dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5), **kwargs}  # type: ignore[arg-type]
-    )
+    model = DependencyViT(**{**dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5), **kwargs})
     for n, p in model.named_parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=0.15)
         elif n.endswith("gamma"):
             nn.init.ones_(p)
-    model.pretrained_cfg = {"input_size": (3, 32, 32)}  # type: ignore[assignment]
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
     return model.eval()
 
 
@@ -96,7 +94,7 @@ def test_lite_prunes_the_leaves(x: Tensor) -> None:
     pruned: list[tuple[Tensor, Tensor]] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, given, out: seen.append((given[2], out[2])))
-        block.attn.register_forward_hook(lambda _, __, out: pruned.append(out[1][..., 0]))  # type: ignore[union-attr]
+        block.attn.register_forward_hook(lambda _, __, out: pruned.append(out[1][..., 0]))
     with torch.no_grad():
         model(x)
     assert [after.shape[1] for _, after in seen] == [100, 84, 84, 84, 68, 68, 68, 52, 52, 52, 36, 36]
@@ -167,8 +165,8 @@ def test_tree_follows_the_messages(x: Tensor) -> None:
         assert not model.blocks[0]._forward_hooks
     model = tiny(depth=1)
     with torch.no_grad():
-        mask = model.blocks[0].attn.messages(  # type: ignore[union-attr,operator]
-            model.blocks[0].norm1(model.patch_embed(x) + model.pos_embed),  # type: ignore[union-attr,operator]
+        mask = model.blocks[0].attn.messages(
+            model.blocks[0].norm1(model.patch_embed(x) + model.pos_embed),
             torch.ones(3, 16, 1),
         )
     assert np.array_equal(dependency_tree(model, x)[0], likeliest_tree(mask[0].double().numpy()))
@@ -216,7 +214,7 @@ def test_registered() -> None:
     for name in ("tiny", "small", "lite_tiny", "lite_small"):
         model: Any = timm.create_model(f"dependencyvit_{name}", **small)
         again = load_official(f"dependencyvit_{name}", model.state_dict(), **small)
-        assert torch.equal(again.head.weight, model.head.weight)  # type: ignore[union-attr,arg-type]
+        assert torch.equal(again.head.weight, model.head.weight)
         assert model.pretrained_cfg["classifier"] == "head"
 
 

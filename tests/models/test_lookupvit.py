@@ -23,11 +23,11 @@ TINY = dict(img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_c
 
 def tiny(**kwargs: object) -> LookupViT:
     torch.manual_seed(0)
-    model = LookupViT(**{**TINY, **kwargs})  # type: ignore[arg-type]
+    model = LookupViT(**{**TINY, **kwargs})
     for p in model.parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=0.15)
-    model.pretrained_cfg = {"input_size": (3, 32, 32)}  # type: ignore[assignment]
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
     return model.eval()
 
 
@@ -99,10 +99,10 @@ def test_news_reaches_the_lookup_tokens_and_comes_back(x: Tensor) -> None:
     model = tiny()
     with torch.no_grad():
         before = model(x)
-        model.blocks[0].cross.proj_back.weight.zero_()  # type: ignore[union-attr,operator]
-        model.blocks[0].cross.proj_back.bias.zero_()  # type: ignore[union-attr,operator]
+        model.blocks[0].cross.proj_back.weight.zero_()
+        model.blocks[0].cross.proj_back.bias.zero_()
         deaf = model(x)
-        model.blocks[0].mlp_lookup.fc2.weight.zero_()  # type: ignore[union-attr,operator]
+        model.blocks[0].mlp_lookup.fc2.weight.zero_()
         idle = model(x)
     assert (before - deaf).abs().max() > 1e-3 and (deaf - idle).abs().max() > 1e-3
 
@@ -121,7 +121,7 @@ def test_compression_is_chosen_at_run_time(x: Tensor) -> None:
     assert tiny(compress=7).load_state_dict(weights)
     for wrong in ((0, 3), (9, 3), (3,)):
         with pytest.raises(VitreousError, match="compress must be"):
-            model.compress = wrong  # type: ignore[assignment]
+            model.compress = wrong
     assert model.compress == (8, 8)
 
 
@@ -149,10 +149,10 @@ def test_classifier(x: Tensor) -> None:
 def test_registered() -> None:
     small: dict[str, Any] = dict(img_size=32, depth=2, num_classes=4, compress=2)
     for name in ("small", "base", "large"):
-        assert "first_conv" in timm.create_model(f"lookupvit_{name}_patch16_224", **small).pretrained_cfg  # type: ignore[operator]
+        assert "first_conv" in timm.create_model(f"lookupvit_{name}_patch16_224", **small).pretrained_cfg
     model = timm.create_model("lookupvit_small_patch16_224", **small)
     again = load_official("lookupvit_small_patch16_224", model.state_dict(), **small)
-    assert torch.equal(again.head.weight, model.head.weight)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(again.head.weight, model.head.weight)
 
 
 def test_exports(x: Tensor, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def small(**kwargs: Any) -> nn.Module:
 def giga_macs(model: nn.Module) -> float:
     """Of one image, counted without computing it."""
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))  # type: ignore[arg-type,index]
+        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))
     return counter.get_total_flops() / 2e9
 
 
@@ -96,10 +96,10 @@ def test_published_sizes(name: str, millions: float, giga: float) -> None:
 def test_slimming_is_what_it_costs_less_by(images: Tensor) -> None:
     assert macs(small(), images[:1]) < 0.75 * macs(small(distillation_type="none"), images[:1])
     with torch.no_grad(), traced(model := small()) as trace:
-        assert model.forward_features(images).shape == (3, 1 + 4, 48)  # type: ignore[operator]
+        assert model.forward_features(images).shape == (3, 1 + 4, 48)
     assert [r.tokens - 1 for r in trace] == [8, 4]
     with torch.no_grad():
-        assert small(distillation_type="none").forward_features(images).shape == (3, 17, 48)  # type: ignore[operator]
+        assert small(distillation_type="none").forward_features(images).shape == (3, 17, 48)
 
 
 def test_residual_branches_are_divided(images: Tensor) -> None:
@@ -107,8 +107,8 @@ def test_residual_branches_are_divided(images: Tensor) -> None:
     block = model.get_submodule("blocks.0")
     x = torch.randn(2, 5, 48)
     with torch.no_grad():
-        y = x + block.attn(block.norm1(x)) / 2  # type: ignore[operator]
-        torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)) / 2)  # type: ignore[operator]
+        y = x + block.attn(block.norm1(x)) / 2
+        torch.testing.assert_close(block(x), y + block.mlp(block.norm2(y)) / 2)
 
 
 def test_stems() -> None:
@@ -180,4 +180,4 @@ def test_other_images_are_refused(images: Tensor) -> None:
     with pytest.raises(VitreousError, match="built for images of"):
         small()(images[..., :48])
     with pytest.raises(VitreousError, match="class token"):
-        small().reset_classifier(3, global_pool="avg")  # type: ignore[operator]
+        small().reset_classifier(3, global_pool="avg")

@@ -140,7 +140,7 @@ def test_boxes_start_on_a_grid_and_follow_the_image(style: sf.Style, images: Ten
     assert (seen[-1][0] - seen[-1][1]).abs().max() > 1e-4  # not the same for every image
     for focus in model.focusing:
         if isinstance(focus, sf.Focus) and "adjust" in focus.ops:
-            nn.init.zeros_(focus.roi_adjust_module[-1].weight)  # type: ignore[arg-type]
+            nn.init.zeros_(focus.roi_adjust_module[-1].weight)
     with torch.no_grad():
         _, still = model.focus(images)
     assert all(torch.allclose(boxes[0], start, atol=1e-6) for boxes in still)
@@ -202,7 +202,7 @@ def test_bootstrap_inherits_and_freezes(vit: nn.Module, images: Tensor) -> None:
             got = block(got)
         assert torch.equal(got, expected)
         assert torch.allclose(model.forward_head(expected), source.forward_head(source.norm(expected)), atol=1e-6)
-        assert torch.equal(model.cls_embedding.weight, source.cls_token[0])  # type: ignore[union-attr]
+        assert torch.equal(model.cls_embedding.weight, source.cls_token[0])
     assert model(images).shape == (6, 7)
     trained = {name.split(".")[0] + "." + name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name.split(".")[0] + "." + name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}

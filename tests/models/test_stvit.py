@@ -46,7 +46,7 @@ def small(**kwargs: Any) -> nn.Module:
 def giga_macs(model: nn.Module) -> float:
     """Of one image, counted without computing it."""
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))  # type: ignore[arg-type,index]
+        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))
     return counter.get_total_flops() / 2e9
 
 
@@ -175,7 +175,7 @@ def test_heads_and_dense_features(images: Tensor) -> None:
         model.reset_classifier(5)
         assert model(images).shape == (2, 5)
         maps = small(features_only=True)(images)
-        _, (*_, third, _) = small().forward_intermediates(images)  # type: ignore[operator]
+        _, (*_, third, _) = small().forward_intermediates(images)
     assert [tuple(m.shape[1:]) for m in maps] == [(56, 56, 16), (28, 28, 32), (14, 14, 64), (7, 7, 128)]
     assert third.shape[-2:] == (14, 14) or third.shape[1:3] == (14, 14)
 
@@ -196,5 +196,5 @@ def test_refusals(images: Tensor) -> None:
     with pytest.raises(VitreousError, match="built for images of"):
         small()(images[..., :192])
     with pytest.raises(VitreousError, match="create it again"):
-        small().set_input_size((256, 256))  # type: ignore[operator]
+        small().set_input_size((256, 256))
     assert small(img_size=256, window_size=8)(torch.zeros(1, 3, 256, 256)).shape == (1, 7)

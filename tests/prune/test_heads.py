@@ -97,9 +97,9 @@ def test_importance_needs_no_trainable_weights_and_leaves_no_trace(images: Tenso
 
 def test_a_model_without_classes_keeps_the_heads_that_move_its_feature(images: Tensor) -> None:
     model = small_vit(depth=2)
-    model.reset_classifier(0)  # type: ignore[operator]
+    model.reset_classifier(0)
     with torch.no_grad():  # silence all but one head of each layer
-        for block in model.blocks:  # type: ignore[union-attr]
+        for block in model.blocks:
             block.attn.proj.weight[:, :32] *= 1e-3
     small = slim(model, Heads(share=0.67), images)
     assert removed_from(small) == [[0, 1], [0, 1]]
@@ -180,7 +180,7 @@ def test_with_token_steps_in_both_orders(tokens: EViT | ToMe, vit: nn.Module, im
     pruned = slim(vit, Heads(share=0.34), images)
     for small in (first, last):
         assert sum(b.attention.heads or 0 for b in read(small).blocks) == 8
-        assert all(isinstance(b, PlainBlock) for b in small.blocks)  # type: ignore[union-attr]
+        assert all(isinstance(b, PlainBlock) for b in small.blocks)
         with torch.no_grad():
             out = small(images)
         assert torch.isfinite(out).all() and not torch.allclose(out, pruned(images), atol=1e-3)
@@ -225,7 +225,7 @@ def test_a_gate_goes_with_its_heads(images: Tensor) -> None:
 
     model = small_vit(depth=2)
     torch.manual_seed(3)
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         block.attn = Attention(48, 3, qkv_bias=True, gated=True)
     small = slim(model, Heads(share=0.5), images)
     with torch.no_grad():

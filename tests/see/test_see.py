@@ -180,7 +180,7 @@ def test_batches_frozen_weights_no_grad_kernels_and_repetition(
     model.requires_grad_(False)
     assert torch.equal(method(model, images), heat)
     assert torch.is_grad_enabled()
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         block.attn.fused_attn = False
     torch.testing.assert_close(method(model, images), heat, **SAME)
 
@@ -190,7 +190,7 @@ def test_a_model_in_training_is_looked_at_in_eval_mode_and_left_so(method: Calla
     model = small_vit(proj_drop_rate=0.5, drop_path_rate=0.5)
     heat = method(model, images)
     model.train()
-    model.blocks[1].eval()  # type: ignore[index]
+    model.blocks[1].eval()
     modes = [m.training for m in model.modules()]
     torch.testing.assert_close(method(model, images), heat)
     assert [m.training for m in model.modules()] == modes
@@ -212,7 +212,7 @@ def test_models_whose_blocks_are_not_plain(name: str, images: Tensor) -> None:
 def test_torchvision(images: Tensor) -> None:
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64).eval()
-    nn.init.normal_(model.heads.head.weight, std=0.2)  # type: ignore[union-attr]
+    nn.init.normal_(model.heads.head.weight, std=0.2)
     for method in METHODS.values():
         heat = method(model, images)
         assert heat.shape == (6, 4, 4) and heat.max() > 0
@@ -369,7 +369,7 @@ def test_errors(vit: nn.Module, images: Tensor) -> None:
     refused("4 attention layers", lambda: see.attention(vit, images, layer=4))
     refused("heads 0 to 2", lambda: see.attention(vit, images, heads=3))
     refused("no query 16", lambda: see.attention(vit, images, query=16))
-    refused("mean, max or min", lambda: see.rollout(vit, images, fuse="median"))  # type: ignore[arg-type]
+    refused("mean, max or min", lambda: see.rollout(vit, images, fuse="median"))
     refused("discard", lambda: see.rollout(vit, images, discard=1.0))
     refused("classes 0 to 6", lambda: see.grad_cam(vit, images, target=7))
     refused("one for each of the 6", lambda: see.grad_cam(vit, images, target=torch.tensor([1, 2])))
@@ -384,7 +384,7 @@ def test_a_layer_without_gradient_is_an_error_and_never_a_map_of_zeros(images: T
     assert see.grad_cam(pooled(), images, layer="blocks.3").max() > 0  # here the patches are what is read
     assert see.grad_cam(small_vit(), images, layer="blocks.2").max() > 0
     headless = small_vit()
-    nn.init.zeros_(headless.head.weight)  # type: ignore[union-attr,arg-type]
+    nn.init.zeros_(headless.head.weight)
     refused("head is all zero", lambda: see.grad_cam(headless, images))
 
 
@@ -398,6 +398,6 @@ def test_quantized_models_are_explained_much_as_before(vit: nn.Module, images: T
 
 def test_a_model_without_classes_needs_a_target(images: Tensor) -> None:
     model = small_vit()
-    model.reset_classifier(0)  # type: ignore[operator]
+    model.reset_classifier(0)
     refused("target=", lambda: see.grad_cam(model, images))
     assert see.grad_cam(model, images, target=5).max() > 0

@@ -293,7 +293,7 @@ def test_trains(vit: nn.Module, images: Tensor) -> None:
     small = slim(vit, MCTF(r=3)).train()
     small(images).square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in small.parameters())
-    qkv = small.blocks[1].attn.qkv.weight.grad  # type: ignore[index,union-attr]
+    qkv = small.blocks[1].attn.qkv.weight.grad
     assert (qkv.unflatten(0, (3, -1)).abs().sum((1, 2)) > 0).all(), "the map is lent on with its gradient"
 
 

@@ -64,9 +64,9 @@ def test_random_choice_keeps_what_it_says(images: Tensor) -> None:
     reducer = KeepDrawn(0.5, 1, 16, torch.Generator().manual_seed(0))
     x, size = torch.randn(2, 17, 3), torch.rand(2, 17, 1)
     block = Block(size)
-    out = reducer(x, x, x, None, block)  # type: ignore[arg-type]
+    out = reducer(x, x, x, None, block)
     kept = [0, *sorted((reducer.rank.argsort()[:8] + 1).tolist())]
-    assert torch.equal(out, x[:, kept]) and torch.equal(block.flow.size, size[:, kept])  # type: ignore[arg-type]
+    assert torch.equal(out, x[:, kept]) and torch.equal(block.flow.size, size[:, kept])
     (trace,) = block.flow.trace or []
     torch.testing.assert_close(trace.matrix() @ x, out)
 
@@ -85,7 +85,7 @@ def test_pooling_averages_two_by_two(grid: tuple[int, int], prefix: int) -> None
     h, w = grid
     x = torch.randn(2, prefix + h * w, 3)
     block = Block()
-    out = PoolGrid(grid, prefix)(x, x, x, None, block)  # type: ignore[arg-type]
+    out = PoolGrid(grid, prefix)(x, x, x, None, block)
     image = x[:, prefix:].mT.unflatten(-1, grid)
     pooled = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False).flatten(2).mT
     torch.testing.assert_close(out, torch.cat([x[:, :prefix], pooled], 1))
@@ -97,7 +97,7 @@ def test_pooling_averages_two_by_two(grid: tuple[int, int], prefix: int) -> None
 def test_pooling_weighs_by_size() -> None:
     x, size = torch.randn(1, 4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]
     block = Block(size)
-    out = PoolGrid((2, 2), 0)(x, x, x, None, block)  # type: ignore[arg-type]
+    out = PoolGrid((2, 2), 0)(x, x, x, None, block)
     torch.testing.assert_close(out[0, 0], (x * size).sum((0, 1)) / 10)
     assert block.flow.size is not None and block.flow.size.item() == 10
 

@@ -48,19 +48,19 @@ def test_connections_are_the_predicted_best() -> None:
 
 @pytest.mark.parametrize("kwargs", [dict(), dict(class_token=False, global_pool="avg"), dict(reg_tokens=4)])
 def test_attention_goes_nowhere_else(kwargs: dict[str, object], images: Tensor) -> None:
-    vit = small_vit(depth=2, **kwargs)  # type: ignore[arg-type]
+    vit = small_vit(depth=2, **kwargs)
     sparse = slim(vit, Sparsifiner(budget=0.5))
-    attn = sparse.blocks[1].attn  # type: ignore[index,union-attr]
+    attn = sparse.blocks[1].attn
     assert isinstance(attn, SparseAttention)
     tokens = attn.predictor.tokens
     h = torch.randn(2, tokens, 48)
     with torch.no_grad():
         y, q, k = attn(h, look=True)
-        v = attn.qkv(h).unflatten(-1, (3, 3, 16))[:, :, 2].transpose(1, 2)  # type: ignore[operator]
+        v = attn.qkv(h).unflatten(-1, (3, 3, 16))[:, :, 2].transpose(1, 2)
         scores = q @ k.mT / 4
         probs = scores.masked_fill(~attn.predictor(q, k), -math.inf).softmax(-1)
         assert ((probs > 0).sum(-1)[..., attn.predictor.prefix :] <= math.ceil(0.5 * tokens)).all()
-        assert torch.allclose(y, attn.proj((probs @ v).transpose(1, 2).flatten(2)), atol=1e-5)  # type: ignore[operator]
+        assert torch.allclose(y, attn.proj((probs @ v).transpose(1, 2).flatten(2)), atol=1e-5)
         assert (sparse(images) - vit(images)).abs().max() > 1e-3
 
 
@@ -68,7 +68,7 @@ def test_full_budget_is_the_identity(vit: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         assert (slim(vit, Sparsifiner(budget=1.0))(images) - vit(images)).abs().max() < 1e-6
         assert slim(vit, Sparsifiner(budget=0.01))(images[:1]).isfinite().all()
-        vit.set_input_size((32, 24))  # type: ignore[operator]
+        vit.set_input_size((32, 24))
         assert slim(vit, Sparsifiner(budget=0.3))(images[..., :24]).shape == (6, 7)
 
 
@@ -106,7 +106,7 @@ def test_first_stage_teaches_the_predictor_alone(images: Tensor) -> None:
 
     def held(model: nn.Module) -> float:
         """The share of full attention that the connections of the first block hold."""
-        attn = model.blocks[0].attn  # type: ignore[index,union-attr]
+        attn = model.blocks[0].attn
         seen: list[Tensor] = []
         hook = attn.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         with torch.no_grad():

@@ -51,13 +51,13 @@ def lengths(model: nn.Module, x: Tensor) -> list[int]:
 def test_evit_keeps_what_the_class_token_attends_to(vit: nn.Module, images: Tensor) -> None:
     small = slim(vit, EViT(keep=0.5, at=(1,), fuse=False))
     before: list[Tensor] = []
-    hook = vit.blocks[1].attn.register_forward_hook(lambda m, args, _: before.append(args[0]))  # type: ignore[index,union-attr]
+    hook = vit.blocks[1].attn.register_forward_hook(lambda m, args, _: before.append(args[0]))
     with torch.no_grad():
         vit(images)
         with traced(small) as trace:
             small(images)
     hook.remove()
-    qkv = vit.blocks[1].attn.qkv(before[0]).reshape(6, 17, 3, 3, 16)  # type: ignore[index,union-attr,operator]
+    qkv = vit.blocks[1].attn.qkv(before[0]).reshape(6, 17, 3, 3, 16)
     q, k = qkv[:, :, 0], qkv[:, :, 1]
     attention = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).div(4).softmax(-1).mean(1)[:, 1:]
     best = attention.topk(8).indices.sort().values

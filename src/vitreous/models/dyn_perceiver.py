@@ -167,6 +167,9 @@ class DynPerceiver(nn.Module):
 
     thresholds: Tensor
 
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
+
     def __init__(
         self,
         backbone: Callable[[], Backbone],
@@ -359,7 +362,7 @@ def register(name: str, arguments: dict[str, Any]) -> None:
             kwargs.pop(ignored, None)
         model = DynPerceiver(**{**arguments, **kwargs})
         first = next(n for n, m in model.stem.named_modules() if isinstance(m, nn.Conv2d))
-        model.pretrained_cfg = model.default_cfg = dict(  # type: ignore[assignment]
+        model.pretrained_cfg = model.default_cfg = dict(
             architecture=name,
             input_size=(3, 224, 224),
             crop_pct=0.875,

@@ -62,6 +62,9 @@ class SparseFormer(nn.Module):
         focusing layer. conv_dim: channels of the map that is looked at.
     """
 
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
+
     def __init__(
         self,
         style: Style,
@@ -221,7 +224,7 @@ def bootstrap(
         part.requires_grad_(False)
     for block in model.blocks[:tune]:
         block.requires_grad_(True)
-    model.pretrained_cfg = model.default_cfg = {**getattr(vit, "pretrained_cfg", {}), "classifier": "proj"}  # type: ignore[assignment]
+    model.pretrained_cfg = model.default_cfg = {**getattr(vit, "pretrained_cfg", {}), "classifier": "proj"}
     return model.train(vit.training)
 
 
@@ -295,7 +298,7 @@ def register(variant: str, arguments: dict[str, Any], normalisation: tuple[Any, 
         for ignored in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(ignored, None)
         model = SparseFormer(**{**arguments, **kwargs})
-        model.pretrained_cfg = model.default_cfg = dict(  # type: ignore[assignment]
+        model.pretrained_cfg = model.default_cfg = dict(
             architecture=name,
             input_size=(3, 224, 224),
             crop_pct=0.875,

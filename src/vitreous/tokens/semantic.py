@@ -163,7 +163,8 @@ class SemanticTokens(Step):
     released Swin variant, with the residual that it leaves out: patches are not updated while they are attended to. Which
     block to start from, and that prefix tokens attend like semantic ones, is our reading.
 
-    Deployable: exports with a fixed number of tokens. It works on the whole grid: no token step may come in an earlier block.
+    Deployable: exports with a fixed number of tokens. It works on the whole grid: no token step may come in an
+    earlier block, and none may follow.
     """
 
     tokens: int = 16
