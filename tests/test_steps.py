@@ -138,7 +138,12 @@ def test_wrong_step_texts(text: str) -> None:
 def test_slim_tells_its_progress_and_takes_an_empty_recipe(vit: nn.Module, images: Tensor) -> None:
     told: list[tuple[str, float]] = []
     slim(vit, [make_step("EViT", keep=0.9), make_step("Heads")], images, lambda s, f: told.append((s, f)))
-    assert told == [("tokens.EViT(keep=0.9)", 0.0), ("prune.Heads()", 0.5)]
+    assert told == [
+        ("tokens.EViT(keep=0.9)", 0.0),
+        ("tokens.EViT(keep=0.9)", 1.0),
+        ("prune.Heads()", 0.0),
+        ("prune.Heads()", 1.0),
+    ]
     copied = slim(vit, [])
     assert copied is not vit and same(state(copied), state(vit))
 

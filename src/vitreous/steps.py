@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import types
 import typing
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import VitreousError, nearest
+from .work import Work, fingerprint, working
 
 REGISTRY: dict[str, type[Step]] = {}
 Kind = TypeVar("Kind", bound="type[Step]")
@@ -236,18 +238,23 @@ def slim(
     steps: Recipe | Step | Iterable[Step],
     calibration: Tensor | None = None,
     progress: Callable[[str, float], None] | None = None,
+    resume: str | Path | None = None,
 ) -> nn.Module:
     """Apply the steps in order to a copy of `model`; returns an ordinary `nn.Module` in eval mode.
 
     Args:
         calibration: images `[N, C, H, W]`, prepared as the model expects them, for the steps that need data.
-        progress: told the step at work and the share of steps done.
+        progress: told the step at work and the share of it that is done.
+        resume: a folder in which steps that take minutes keep what is finished, to go on from it when called again.
 
     Raises `VitreousError` when a step cannot work on this model, or not after the steps before it.
     """
     todo = steps.steps if isinstance(steps, Recipe) else (steps,) if isinstance(steps, Step) else tuple(steps)
-    for i, s in enumerate(todo):
-        if progress:
-            progress(str(s), i / len(todo))
-        model = s.apply(model, calibration)
+    for s in todo:
+        say = functools.partial(progress, str(s)) if progress else lambda share: None
+        key = fingerprint(s, *model.state_dict().values(), calibration) if resume else ""
+        say(0.0)
+        with working(Work(say, Path(resume) if resume else None, key)):
+            model = s.apply(model, calibration)
+        say(1.0)
     return model if todo else copy.deepcopy(model).eval()

@@ -18,7 +18,7 @@ from vitreous.quant import posttraining as posttraining_module
 from vitreous.quant.calibration import watch
 from vitreous.quant.layers import LogSqrt2, QuantConv2d, Quantizer, QuantLinear, quant_layers
 from vitreous.quant.posttraining import PostTraining, survey
-from vitreous.quant.repq import channel_grids, reparameterize
+from vitreous.quant.reparameterization import channel_grids, reparameterize
 from vitreous.steps import history_of, slim
 from vitreous.tokens import EViT, ToMe
 

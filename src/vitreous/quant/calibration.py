@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from .layers import LogSqrt2, Quantizer, quant_layers
+from .layers import FakeQuantizer, quant_layers
 
 BATCH = 32  # images at a time
 SAMPLES = 2**20  # values kept of one tensor, over all calibration images
@@ -56,7 +56,7 @@ def watch(model: nn.Module, images: Tensor, by_channel: Iterable[str] = (), samp
     drawn by torch's generator, which `Step.apply` seeds. Raises `VitreousError` naming the layer when an activation
     holds NaN or infinity.
     """
-    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, (Quantizer, LogSqrt2))}
+    quantizers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizer)}
     batches = images.split(BATCH)
     weights, channels = {f"{n}.quant_w" for n in quant_layers(model)}, set(by_channel)
     watches = {}

@@ -23,30 +23,49 @@ IN_TORCH = "torch computes the integers in floats; the shipped file runs them"
 Watcher = Callable[[Tensor], None]
 
 
-class Quantizer(nn.Module):
-    """A uniform fake quantizer: one scale and zero point for a tensor, or for each of `channels` (its first dimension).
+class FakeQuantizer(nn.Module):
+    """Floats in, floats on a grid of 2^`bits` values out. A kind of grid says how in `quantized`.
 
-    `symmetric` grids have zero point 0 and use the integers −limit … limit, the others 0 … 2^bits − 1. While `watcher`
-    is set (calibration), tensors pass unchanged and are shown to it.
+    While `watcher` is set (calibration), tensors pass unchanged and are shown to it.
     """
 
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, bits: int, symmetric: bool = False, limit: int | None = None, channels: int | None = None) -> None:
+    def __init__(self, bits: int) -> None:
         super().__init__()
-        self.bits, self.symmetric, self.channels = bits, symmetric, channels
-        self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-        self.limit = limit or self.high
-        shape = () if channels is None else (channels,)
-        self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.bits = bits
         self.watcher: Watcher | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.watcher is not None:
             self.watcher(x)
             return x
+        return self.quantized(x)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits"
+
+
+class Quantizer(FakeQuantizer):
+    """A uniform fake quantizer: one scale and zero point for a tensor, or for each of `channels` (its first dimension).
+
+    `symmetric` grids have zero point 0 and use the integers −limit … limit, the others 0 … 2^bits − 1.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int, symmetric: bool = False, limit: int | None = None, channels: int | None = None) -> None:
+        super().__init__(bits)
+        self.symmetric, self.channels = symmetric, channels
+        self.low, self.high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+        self.limit = limit or self.high
+        shape = () if channels is None else (channels,)
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+
+    def quantized(self, x: Tensor) -> Tensor:
         if self.channels is None:
             return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
         return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, 0, self.low, self.high)
@@ -69,7 +88,7 @@ class Quantizer(nn.Module):
         return f"{self.bits} bits, {'symmetric' if self.symmetric else 'asymmetric'}, per {per}, limit={self.limit}"
 
 
-class LogSqrt2(nn.Module):
+class LogSqrt2(FakeQuantizer):
     """Softmax outputs on powers of √2, in the log2 form that RepQ-ViT executes (section 3.3).
 
     q = round(−2·log2(x/s)) is clipped to 0 … 2^bits − 1, and comes back as s̃·2^(−⌈q/2⌉), where s̃ = s·√2 for odd and
@@ -79,27 +98,19 @@ class LogSqrt2(nn.Module):
     scale: Tensor
 
     def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits)
         self.register_buffer("scale", torch.ones(()))
-        self.watcher: Watcher | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.watcher is not None:
-            self.watcher(x)
-            return x
-        return self.quantized(x, self.scale).detach() + (x - x.detach())
+    def quantized(self, x: Tensor) -> Tensor:
+        return self.on_grid(x, self.scale).detach() + (x - x.detach())
 
-    def quantized(self, x: Tensor, scale: Tensor) -> Tensor:
+    def on_grid(self, x: Tensor, scale: Tensor) -> Tensor:
         last = 2**self.bits - 1
         q = (-2 * torch.log2(x / scale)).round()
         kept = q <= last
         q = q.clamp(0, last)
         shared = scale * (1 + q % 2 * (2**0.5 - 1))
         return torch.where(kept, shared * torch.exp2(-torch.ceil(q / 2)), 0.0)
-
-    def extra_repr(self) -> str:
-        return f"{self.bits} bits"
 
 
 class QuantLinear(nn.Linear):
@@ -110,7 +121,7 @@ class QuantLinear(nn.Linear):
 
     simulated = IN_TORCH
 
-    def __init__(self, linear: nn.Linear, x: Quantizer, w: Quantizer, after: str = "") -> None:
+    def __init__(self, linear: nn.Linear, x: FakeQuantizer, w: Quantizer, after: str = "") -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.quant_x, self.quant_w, self.after = x, w, after

@@ -15,7 +15,7 @@ from ..anatomy import read
 from ..blocks import PlainBlock, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step
-from .layers import LogSqrt2, QuantConv2d, Quantizer, QuantLinear
+from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class PostTraining(Step):
     reduce_range: bool | None = None
 
     needs_calibration: ClassVar[bool] = True
-    log_softmax: ClassVar[bool] = False  # whether softmax below 8 bits lies on powers of √2
 
     def __post_init__(self) -> None:
         for field in ("weights", "activations"):
@@ -53,6 +52,26 @@ class PostTraining(Step):
         """Whether runtimes can execute the model's quantized layers in integers."""
         return self.weights == self.activations == 8
 
+    # ---- what a method may decide for itself, beside `fit`
+
+    def softmax_quantizer(self, bits: int) -> FakeQuantizer:
+        """For the softmax of a block, when it is quantized at all."""
+        return Quantizer(bits)
+
+    def input_quantizer(self, reads: str, bits: int) -> FakeQuantizer:
+        """For the input of a linear layer that reads a "norm", an activation function ("act") or something else ("")."""
+        return Quantizer(bits)
+
+    def allot(self, model: nn.Module, calibration: Tensor, layers: dict[str, Read]) -> dict[str, tuple[int, int]]:
+        """Bits of weight and input for the layers where they differ from `weights` and `activations`.
+
+        The products of an attention "blocks.0.attn" are called "blocks.0.attn.qk" (bits of queries and of keys) and
+        "blocks.0.attn.av" (of softmax and of values).
+        """
+        return {}
+
+    # ---- the common structure
+
     def refuse_after(self, done: Sequence[Step]) -> str:
         if any(s.family == "quant" for s in done):
             return "the model is quantized already, a second grid would only add its error; start from the float model"
@@ -60,38 +79,48 @@ class PostTraining(Step):
 
     def plan(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any]:
         assert calibration is not None
+        if len(calibration) == 0:
+            raise VitreousError(f"{self.name} was given no calibration images: give at least one, 32 are usual")
         reduce_range = saturates() if self.reduce_range is None else self.reduce_range
-        return {"reduce_range": self.deployable and reduce_range, "layers": survey(model, calibration[:1])}
+        layers = survey(model, calibration[:1])
+        bits = {name: list(pair) for name, pair in self.allot(model, calibration, layers).items()}
+        return {"reduce_range": self.deployable and reduce_range, "layers": layers, "bits": bits}
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         limit = 63 if plan["reduce_range"] else None
+        usual = (self.weights, self.activations)
         for block in attention_blocks(model):
-            block.attn.operands = self._operands(limit).to(next(block.parameters()).device)
-        for name, after in plan["layers"].items():
+            name, own = f"{block.name}.attn", (self.activations, self.activations)
+            qk, av = (plan["bits"].get(f"{name}.{product}", own) for product in ("qk", "av"))
+            block.attn.operands = self._operands(qk, av, limit).to(next(block.parameters()).device)
+        for name, (reads, norm) in plan["layers"].items():
             layer = model.get_submodule(name)
             assert isinstance(layer, (nn.Linear, nn.Conv2d))
-            if after:
+            if norm:
                 _give_bias(layer)
-                _give_bias(model.get_submodule(after))
-            device, rows = layer.weight.device, layer.weight.shape[0]
-            w = Quantizer(self.weights, symmetric=self.weights == 8, limit=limit, channels=rows).to(device)
+                _give_bias(model.get_submodule(norm))
+            w_bits, x_bits = plan["bits"].get(name, usual)
+            w = Quantizer(w_bits, symmetric=w_bits == 8, limit=limit if w_bits == 8 else None, channels=layer.weight.shape[0])
             if isinstance(layer, nn.Linear):
-                new: nn.Module = QuantLinear(layer, Quantizer(self.activations).to(device), w, after)
+                new: nn.Module = QuantLinear(layer, self.input_quantizer(reads, x_bits), w, norm)
             else:
-                new = QuantConv2d(layer, Quantizer(8).to(device), w)  # images stay at 8 bits, as published
+                new = QuantConv2d(layer, Quantizer(8), w)  # images stay at 8 bits, as published
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new)
+            setattr(model.get_submodule(parent), child, new.to(layer.weight.device))
         if not self.deployable:
             bits = f"{self.weights}-bit weights and {self.activations}-bit activations"
-            model.simulated = f"{bits} are computed in floats: no runtime executes them"  # type: ignore[assignment]
+            mixed = ", on average or less," if plan["bits"] else ""
+            model.simulated = f"{bits}{mixed} are computed in floats: no runtime executes them"  # type: ignore[assignment]
 
-    def _operands(self, limit: int | None) -> nn.ModuleDict:
+    def _operands(self, qk: tuple[int, int], av: tuple[int, int], limit: int | None) -> nn.ModuleDict:
         """Rows of softmax sum to 1, so products with them cannot overflow; of queries and keys one must be halved."""
-        kind: dict[str, Any] = {"bits": self.activations, "symmetric": self.activations == 8}
-        operands: dict[str, nn.Module] = {"q": Quantizer(**kind), "k": Quantizer(**kind, limit=limit)}
+
+        def signed(bits: int, limit: int | None = None) -> Quantizer:
+            return Quantizer(bits, symmetric=bits == 8, limit=limit if bits == 8 else None)
+
+        operands: dict[str, nn.Module] = {"q": signed(qk[0]), "k": signed(qk[1], limit)}
         if self.softmax if self.softmax is not None else not self.deployable:
-            log = self.log_softmax and self.activations < 8
-            operands |= {"v": Quantizer(**kind), "probs": (LogSqrt2 if log else Quantizer)(self.activations)}
+            operands |= {"v": signed(av[1]), "probs": self.softmax_quantizer(av[0])}
         else:
             operands |= {"v": nn.Identity(), "probs": nn.Identity()}
         return nn.ModuleDict(operands)
@@ -111,18 +140,25 @@ def attention_blocks(model: nn.Module) -> list[PlainBlock]:
     return plain_blocks(model, "quantization") if read(model).plain else []
 
 
-def survey(model: nn.Module, image: Tensor) -> dict[str, str]:
-    """The layers to quantize, each with the LayerNorm of a plain block whose very output it reads, or ""."""
+# What a layer reads: "norm", "act" or "", and the name of the LayerNorm of a plain block whose very output it is, or "".
+Read = tuple[str, str]
+
+
+def survey(model: nn.Module, image: Tensor) -> dict[str, Read]:
+    """The layers to quantize, in the order in which they run, each with what it reads."""
     model = copy.deepcopy(model)
     names: dict[nn.Module, str] = {}
-    made: dict[int, tuple[Tensor, str]] = {}
-    found: dict[str, str] = {}
+    made: dict[int, tuple[Tensor, Read]] = {}
+    found: dict[str, Read] = {}
 
     def after_norm(norm: nn.Module, _: Any, out: Tensor) -> None:
-        made[id(out)] = (out, names[norm])  # the tensor is kept, so that its id stays its own
+        made[id(out)] = (out, ("norm", names[norm]))  # the tensor is kept, so that its id stays its own
+
+    def after_act(act: nn.Module, _: Any, out: Tensor) -> None:
+        made[id(out)] = (out, ("act", ""))
 
     def before_layer(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found[names[layer]] = made[id(given[0])][1] if id(given[0]) in made else ""
+        found[names[layer]] = made[id(given[0])][1] if id(given[0]) in made else ("", "")
 
     for block in attention_blocks(model):
         for norm in (block.norm1, block.norm2):
@@ -132,9 +168,20 @@ def survey(model: nn.Module, image: Tensor) -> dict[str, str]:
         names[m] = name
         if type(m) is nn.Linear or (isinstance(m, nn.Conv2d) and _patchifies(m)):
             m.register_forward_pre_hook(before_layer)
+        elif name.rpartition(".")[2] == "act":  # as timm calls the function of an MLP
+            m.register_forward_hook(after_act)
     with torch.no_grad():
         model(image.to(next(model.parameters())))
     return found
+
+
+def norm_readers(model: nn.Module) -> dict[str, dict[str, QuantLinear]]:
+    """Of each LayerNorm whose scales can move into the layers that read it, these layers by the name of their `quant_x`."""
+    readers: dict[str, dict[str, QuantLinear]] = {}
+    for name, layer in quant_layers(model).items():
+        if isinstance(layer, QuantLinear) and layer.after:
+            readers.setdefault(layer.after, {})[f"{name}.quant_x"] = layer
+    return readers
 
 
 def _patchifies(conv: nn.Conv2d) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..steps import step
-from .calibration import PERCENTILES, Watch, search, watch
-from .layers import FLOOR, LogSqrt2, Quantizer, QuantLinear, quant_layers
-from .posttraining import PostTraining
+from .calibration import PERCENTILES, search, watch
+from .layers import FLOOR, FakeQuantizer, LogSqrt2, Quantizer, quant_layers
+from .posttraining import PostTraining, norm_readers
+from .reparameterization import channel_grids, reparameterize
 
 
 @step("quant")
@@ -35,14 +35,12 @@ class RepQ(PostTraining):
     What is quantized, and the parameters, are described at `PostTraining`.
     """
 
-    log_softmax: ClassVar[bool] = True
+    def softmax_quantizer(self, bits: int) -> FakeQuantizer:
+        return LogSqrt2(bits) if bits < 8 else Quantizer(bits)
 
     def fit(self, model: nn.Module, calibration: Tensor | None) -> None:
         assert calibration is not None
-        readers: dict[str, dict[str, QuantLinear]] = {}
-        for name, layer in quant_layers(model).items():
-            if isinstance(layer, QuantLinear) and layer.after:
-                readers.setdefault(layer.after, {})[f"{name}.quant_x"] = layer
+        readers = norm_readers(model)
         by_channel = {name for inputs in readers.values() for name in inputs}
         with torch.no_grad():
             watches = watch(model, calibration, by_channel, sample=True)
@@ -64,39 +62,7 @@ class RepQ(PostTraining):
                 q.set(*(q.grid(*w.aminmax(dim=0)) if q.bits == 8 else search(w, q.grid, q.low, q.high)))
 
 
-def channel_grids(seen: Watch, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point `[C]` of each channel; zero points may lie outside of 0 … 2^bits − 1."""
-    levels = 2**bits - 1
-    # A channel that hardly moves must not blow up the weights of the next layer.
-    floor = (1e-4 * (seen.high - seen.low).mean() / levels).clamp_min(FLOOR)
-
-    def grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.maximum((high - low) / levels, floor)
-        return scale, (-low / scale).round()
-
-    return grid(seen.low, seen.high) if bits == 8 else search(seen.samples, grid, 0, levels)
-
-
-def reparameterize(norm: nn.Module, layers: list[QuantLinear], scale: Tensor, zero_point: Tensor) -> None:
-    """Give all channels of a LayerNorm's output one scale and zero point, without changing what `layers` compute.
-
-    Section 3.2: with s̃ and z̃ the means of s and z, r1 = s/s̃ and r2 = z − z̃, the LayerNorm's γ and β become γ/r1 and
-    (β + s·r2)/r1, the next W and b become r1·W and b − W(s·r2). In double precision, for β and s·r2 may cancel.
-    """
-    assert isinstance(norm, nn.LayerNorm)
-    s, z = scale.double(), zero_point.double()
-    shared, shared_zero = s.mean(), z.mean().round().clamp(0, layers[0].quant_x.high)
-    r1, shift = s / shared, s * (z - shared_zero)
-    norm.weight.copy_(norm.weight.double() / r1)
-    norm.bias.copy_((norm.bias.double() + shift) / r1)
-    for layer in layers:
-        w = layer.weight.double()
-        layer.bias.copy_(layer.bias.double() - w @ shift)
-        layer.weight.copy_(w * r1)
-        layer.quant_x.set(shared, shared_zero)
-
-
 def search_log(x: Tensor, quantizer: LogSqrt2) -> Tensor:
     """The scale of a `LogSqrt2`: of three upper percentiles of `x` the one with the least squared error."""
     candidates = torch.quantile(x.flatten(), x.new_tensor(PERCENTILES)).clamp_min(FLOOR)
-    return min(candidates, key=lambda s: float((quantizer.quantized(x, s) - x).square().mean()))
+    return min(candidates, key=lambda s: float((quantizer.on_grid(x, s) - x).square().mean()))
