@@ -212,6 +212,8 @@ def compare(
     tuned = {name: vt.slim(original, s) for name, s in found.items()}
     for name, model in tuned.items():
         finetune(name, model, original, x, y, a, say)
+    if a.only_train:
+        return
     models = {
         "original": original,
         **{f"{name}, training-free": m for name, m in free.items()},
@@ -322,6 +324,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("runs/tokens"))
     p.add_argument("--train", type=int, default=5000, help="training images")
     p.add_argument("--test", type=int, default=None, help="test images, all by default")
+    p.add_argument("--only-train", action="store_true", help="stop when all are trained; measure later, on an idle machine")
     p.add_argument("--epochs", type=int, default=1)
     p.add_argument("--lr", type=float, default=5e-5)
     p.add_argument("--threads", type=int, default=2)

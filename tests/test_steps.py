@@ -149,6 +149,17 @@ def test_slim_tells_its_progress_and_takes_an_empty_recipe(vit: nn.Module, image
 
 
 class TestFiles:
+    def test_positions_of_a_checkpoint_are_resampled_to_another_size(self, tmp_path: Path) -> None:
+        small = dict(embed_dim=32, depth=1, num_heads=2, patch_size=8, num_classes=3)
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, **small)
+        torch.save(model.state_dict(), tmp_path / "w.pt")
+        wide = vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "w.pt", img_size=(32, 64), **small)
+        assert wide.pos_embed.shape == (1, 33, 32) and torch.equal(wide.pos_embed[:, 0], model.pos_embed[:, 0])
+        rows = wide.pos_embed[0, 1:].unflatten(0, (4, 8))
+        assert torch.allclose(rows.unflatten(1, (4, 2)).mean(2), model.pos_embed[0, 1:].unflatten(0, (4, 4)), atol=0.01)
+        with pytest.raises(vt.VitreousError, match="do not fit"):
+            vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "w.pt", img_size=64, **(small | {"embed_dim": 64}))
+
     def test_bundled_model_round_trip(self, tmp_path: Path) -> None:
         model = vt.open()
         small = slim(model, make_step("EViT"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import pickle
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .errors import VitreousError, nearest
@@ -33,7 +35,8 @@ def open_model(
         model: a timm name, the path of a file written by `save`, an `nn.Module` (returned as it is), or None for the bundled
             model.
         pretrained: download timm's weights for that name. Nothing is ever downloaded otherwise.
-        checkpoint: local weights for a timm name: safetensors, or a `torch.save` file without pickled code.
+        checkpoint: local weights for a timm name: safetensors, or a `torch.save` file without pickled code. Position
+            embeddings are resampled where `img_size` is another than theirs.
         kwargs: passed to `timm.create_model` (`num_classes`, `img_size` …) and kept in the file that `save` writes.
 
     Raises `VitreousError` for unknown names, weights that do not fit, broken files, and weights that hold NaN.
@@ -51,7 +54,7 @@ def open_model(
             raise VitreousError(f"unknown model '{name}'{nearest(name, timm.list_models()) or ': see timm.list_models()'}")
         opened = _create(name, pretrained, kwargs)
     if checkpoint is not None:
-        _fill(opened, read_weights(checkpoint), str(checkpoint))
+        _fill(opened, _resample_positions(opened, read_weights(checkpoint)), str(checkpoint))
     refuse_nan(opened)
     opened.vitreous = History({"name": name, "kwargs": kwargs})  # type: ignore[assignment]
     return opened.eval()
@@ -96,6 +99,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise VitreousError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _resample_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Position embeddings `[1, prefix + h·w, C]` of a ViT trained at another size, on the grid of this one, as timm does."""
+    own = getattr(model, "pos_embed", None)
+    given, grid = state.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if not isinstance(own, Tensor) or given is None or given.ndim != 3 or given.shape == own.shape or grid is None:
+        return state
+    prefix = own.shape[1] - grid[0] * grid[1]
+    if given.shape[2] != own.shape[2] or math.isqrt(given.shape[1] - prefix) ** 2 != given.shape[1] - prefix:
+        return state  # another model: told by its shape
+    return {**state, "pos_embed": resample_abs_pos_embed(given, list(grid), num_prefix_tokens=prefix)}
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
