@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ def see(
     img_size: Annotated[int | None, typer.Option(help="input size, where the model is to be built for another")] = None,
     method: Annotated[str, typer.Option(help="rollout, attention or grad_cam")] = "rollout",
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
+    tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
     out: Annotated[Path | None, typer.Option(help="PNG to write; beside the picture by default")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the PNG if it exists")] = False,
 ) -> None:
@@ -30,12 +31,17 @@ def see(
     from ..data.pictures import Unreadable, read_picture
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
+    from ..models.dependencyvit import dependency_tree
     from ..prove.drawing import enlarge, overlay, survival
+    from ..see.tree import draw_tree
 
     methods = {"rollout": room.rollout, "attention": room.attention, "grad_cam": room.grad_cam}
     if method not in methods:
         raise VitreousError(f"unknown method '{method}'{nearest(method, methods) or ': choose ' + ', '.join(methods)}")
-    target = out or image.with_name(f"{image.stem}.{'tokens' if tokens else method}.png")
+    if tokens and tree:
+        raise VitreousError("--tokens and --tree draw different pictures: choose one")
+    drawn = "tokens" if tokens else "tree" if tree else method
+    target = out or image.with_name(f"{image.stem}.{drawn}.png")
     if target.exists() and not overwrite:
         raise VitreousError(f"{target} exists: give another --out, or --overwrite")
     sized = {"img_size": img_size} if img_size else {}
@@ -54,6 +60,11 @@ def see(
         if not maps:
             raise VitreousError("this model drops and merges no tokens: slim it with a token step first")
         panels += [survival(shown, groups[0]) for _, groups in maps]
+    elif tree:
+        parents = dependency_tree(net, x)[0]
+        panels = [p.resize((2 * p.width, 2 * p.height), Image.Resampling.BICUBIC) for p in panels]  # room for the lines
+        embed: Any = net.get_submodule("patch_embed")
+        panels.append(draw_tree(panels[0], parents, embed.grid_size))
     else:
         heat = methods[method](net, x)[0].numpy()
         panels.append(overlay(shown, heat, (0.0, float(heat.max()))))
@@ -68,4 +79,4 @@ def see(
     if logits.shape[-1] == getattr(net, "num_classes", 0):
         best = logits[0].softmax(-1)
         print(f"class {int(best.argmax())}, probability {float(best.max()):.3f}")
-    print(f"{'tokens' if tokens else method} written to {target}")
+    print(f"{drawn} written to {target}")

@@ -97,8 +97,8 @@ class PostTraining(Step):
             layer = model.get_submodule(name)
             assert isinstance(layer, (nn.Linear, nn.Conv2d))
             if norm:
-                _give_bias(layer)
-                _give_bias(model.get_submodule(norm))
+                give_bias(layer)
+                give_bias(model.get_submodule(norm))
             w_bits, x_bits = plan["bits"].get(name, usual)
             w = Quantizer(w_bits, symmetric=w_bits == 8, limit=limit if w_bits == 8 else None, channels=layer.weight.shape[0])
             if isinstance(layer, nn.Linear):
@@ -188,6 +188,6 @@ def _patchifies(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == conv.stride != (1, 1) and conv.groups == 1
 
 
-def _give_bias(layer: Any) -> None:
+def give_bias(layer: Any) -> None:
     if layer.bias is None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))

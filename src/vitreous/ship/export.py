@@ -27,7 +27,8 @@ from ..errors import VitreousError
 OPSET = 20  # the first with Gelu as one operator; read by every runtime since 2024
 PROTOBUF_LIMIT = 2**31 - 2**24  # an ONNX file is one protobuf message, which ends at 2 GiB; room is left for the graph
 FAKE_QUANTIZE = "fake_quantize_per_"  # how the torch operators that stand for integers are named
-FOLDED = ("Cast", "Clip", "QuantizeLinear")  # what is computed once here, so that weights are stored as integers
+# What is computed once here, so that weights are stored as integers.
+FOLDED = ("Cast", "Clip", "QuantizeLinear", "Reshape", "Slice")
 
 aten = torch.ops.aten
 

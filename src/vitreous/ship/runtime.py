@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import VitreousError
+from .packed import reader
 
 PRECISIONS = ("f32", "bf16", "f16")
+LOW = ("i8", "u8", "i4", "u4")  # types of integers, as OpenVINO calls them
 SAID = {"f32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "float16": "fp16"}
 INTEGER_OPS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger"}
 
@@ -37,7 +39,8 @@ class Runtime:
     Attributes:
         path: the file. engine: "OpenVINO" or "ONNX Runtime". threads: as above.
         precision: "int8", "fp32", "bf16" or "fp16", of most of the work. integer_ops: matmuls and convolutions run in
-        integers on this machine. shape: (batch or None, C, H, W).
+        integers on this machine. packed_ops: matmuls of floats with weights that stay packed in memory. shape: (batch or
+        None, C, H, W).
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, precision: str | None = None) -> None:
@@ -93,7 +96,7 @@ class Runtime:
     @cached_property
     def parameters_count(self) -> int:
         """Numbers stored in the file's weights, the quantization scales among them."""
-        weights = {"f32", "f16", "bf16", "i8", "u8"}
+        weights = {"f32", "f16", "bf16", "i8", "u8", "u4"}
         stored = (op for op in self._graph().get_ops() if op.get_type_name() == "Constant")
         return sum(math.prod(op.get_output_shape(0)) for op in stored if op.get_element_type().get_type_name() in weights)
 
@@ -101,7 +104,9 @@ class Runtime:
         """The file as OpenVINO's graph, which reads ONNX too."""
         import openvino
 
-        return openvino.Core().read_model(self.path)
+        core = openvino.Core()
+        core.add_extension(reader())
+        return core.read_model(self.path)
 
     def _load_openvino(self, precision: str) -> Callable[[np.ndarray], np.ndarray]:
         import openvino
@@ -119,9 +124,11 @@ class Runtime:
         self.engine = "OpenVINO"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         said = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        info = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
-        heavy = [i for i in info if i["layerType"].astype(str) in ("FullyConnected", "MatMul", "Convolution")]
-        self.integer_ops = sum(i["runtimePrecision"].astype(str) in ("i8", "u8") for i in heavy)
+        info = [(op.get_rt_info(), op) for op in compiled.get_runtime_model().get_ops()]
+        heavy = [(i, op) for i, op in info if i["layerType"].astype(str) in ("FullyConnected", "MatMul", "Convolution")]
+        # Of a float product with packed weights the plugin reports the type of the weights.
+        reads = [op.input_value(0).get_element_type().is_real() for i, op in heavy if i["runtimePrecision"].astype(str) in LOW]
+        self.integer_ops, self.packed_ops = reads.count(False), reads.count(True)
         self.precision = "int8" if self.integer_ops else SAID.get(said, said)
         sizes = compiled.input(0).get_partial_shape()
         self.shape = tuple(None if size.is_dynamic else size.get_length() for size in sizes)
@@ -152,6 +159,7 @@ class Runtime:
             optimized = onnx.load(options.optimized_model_filepath)
         self.engine = "ONNX Runtime"
         self.integer_ops = sum(node.op_type in INTEGER_OPS for node in optimized.graph.node)
+        self.packed_ops = sum(node.op_type == "MatMulNBits" for node in optimized.graph.node)
         self.precision = "int8" if self.integer_ops else "fp32"
         given = session.get_inputs()[0]
         self.shape = tuple(size if isinstance(size, int) else None for size in given.shape)

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from ..errors import VitreousError
 from .export import is_quantized, quiet, to_onnx, trace
+from .packed import pack, reader
 from .runtime import Runtime, files
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
@@ -53,8 +54,9 @@ class Shipment:
     """A file that was written and found to compute what its model computes.
 
     format: "onnx", "openvino" or "pt2". bytes: all files together. batch: the fixed batch, None for any.
-    precision: of the weights in the file, "fp32" or "int8". integer_ops: how many matmuls and convolutions run in
-    integers on this machine.
+    precision: "fp32"; "int8" where weights and activations are integers; "int8 weights" or "int4 weights" where only the
+    weights are, stored packed. integer_ops: how many matmuls and convolutions run in integers on this machine.
+    packed_ops: how many matmuls read packed weights on this machine.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class Shipment:
     parity: Parity
     precision: str
     integer_ops: int
+    packed_ops: int
 
     def __str__(self) -> str:
         integers = f", {self.integer_ops} operators in integers" if self.precision == "int8" else ""
@@ -83,8 +86,8 @@ def ship(
     """Write `model` to `path` and check the file against it; `ship_all` writes several files from one trace.
 
     The ending decides the format: `.onnx`, `.xml` (OpenVINO, with a `.bin` beside it) or `.pt2` (torch.export).
-    Fake-quantized linears become real integers with the model's own scales in the first two; `.pt2` keeps them
-    simulated.
+    Fake-quantized linears become real integers with the model's own scales in the first two, and weights read by floats are
+    packed; `.pt2` keeps both simulated.
 
     Args:
         model: an `nn.Module` on the CPU, images [B, C, H, W] float32 to one tensor of logits. It is run in eval mode,
@@ -129,10 +132,18 @@ def ship_all(
     with _evaluating(model):
         # traced with two images: torch takes a batch of one for a constant
         program = trace(model, images[: batch or 2], dynamic=batch is None)
-        quantized = is_quantized(program)
         graph = to_onnx(program) if any(path.suffix != ".pt2" for path in places) else None
+        precision = _packed(graph) if graph and is_quantized(program) else "fp32"
         examples = [images[:size] for size in batches]
-        return [_ship(model, program, graph, path, examples, batch, quantized, tolerance) for path in places]
+        return [_ship(model, program, graph, path, examples, batch, precision, tolerance) for path in places]
+
+
+def _packed(graph: ModelProto) -> str:
+    """The precision of a quantized graph, in which weights that floats read are packed, in place."""
+    bits = pack(graph)
+    if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
+        return "int8"
+    return f"int{bits} weights" if bits else "fp32"
 
 
 def _ship(
@@ -142,7 +153,7 @@ def _ship(
     path: Path,
     examples: list[Tensor],
     batch: int | None,
-    quantized: bool,
+    precision: str,
     tolerance: float | None,
 ) -> Shipment:
     with _written_aside(path) as aside:
@@ -152,7 +163,7 @@ def _ship(
             (_write_onnx if path.suffix == ".onnx" else _write_openvino)(graph, aside)
         runtime = None if path.suffix == ".pt2" else Runtime(aside)
         parity = _compare(model, runtime or _reloaded(aside), examples)
-        integers = quantized and runtime is not None
+        integers = precision == "int8" and runtime is not None
         limit = tolerance if tolerance is not None else INT8_TOLERANCE if integers else FLOAT_TOLERANCE
         if not (parity.mean <= limit and parity.worst <= WORST * limit):  # so that NaN is refused
             advice = "; on a processor without VNNI int8 kernels overflow: 7-bit weights do not" if integers else ""
@@ -167,8 +178,9 @@ def _ship(
         bytes=size,
         batch=batch,
         parity=parity,
-        precision="int8" if integers else "fp32",
+        precision=precision if runtime else "fp32",
         integer_ops=runtime.integer_ops if runtime else 0,
+        packed_ops=runtime.packed_ops if runtime else 0,
     )
 
 
@@ -210,7 +222,12 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
     import openvino
 
     try:
-        openvino.save_model(openvino.Core().read_model(model.SerializeToString()), path, compress_to_fp16=False)
+        core = openvino.Core()
+        core.add_extension(reader())
+        graph = core.read_model(model.SerializeToString())
+        # Where there is VNNI it would round the activations that meet packed weights to 8 bits.
+        graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        openvino.save_model(graph, path, compress_to_fp16=False)
     except RuntimeError as error:  # also how it reports a full disk, without saying so
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = str(error).strip().splitlines()[-1]
