@@ -33,7 +33,8 @@ class Step:
 
     - `plan(model, calibration)`: decide what depends on data or weights; what it returns is JSON and is saved;
     - `build(model, plan)`: change the given model's structure, in place;
-    - `fit(model, calibration)`: set what the new structure needs from data (scales …), in place; saved as buffers.
+    - `fit(model, calibration)`: set what the new structure needs from data (scales …), in place; saved as buffers. What it
+      returns, if anything, is added to the plan for people to read.
 
     Only `build` is compulsory. `apply` does the three on a copy. Calibration is a `[N, C, H, W]` batch of images.
     """
@@ -51,7 +52,7 @@ class Step:
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         raise VitreousError(f"{self.name} does not say how to change a model")
 
-    def fit(self, model: nn.Module, calibration: Tensor | None) -> None:
+    def fit(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any] | None:
         return None
 
     def refuse_after(self, done: Sequence[Step]) -> str:
@@ -86,7 +87,7 @@ class Step:
             torch.manual_seed(0)
             plan = self.plan(new, calibration)
             self.build(new, plan)
-            self.fit(new, calibration)
+            plan = plan | (self.fit(new, calibration) or {})
         new.vitreous = History(history.base, [*history.done, (self, plan)])  # type: ignore[assignment]
         return new.eval()
 

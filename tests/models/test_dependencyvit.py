@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +20,6 @@ from vitreous.models.dependencyvit import (
     DependencyViT,
     ReversedAttention,
     dependency_tree,
-    draw_tree,
     likeliest_tree,
 )
 from vitreous.models.official import load_official
@@ -172,20 +170,6 @@ def test_tree_follows_the_messages(x: Tensor) -> None:
     assert np.array_equal(dependency_tree(model, x)[0], likeliest_tree(mask[0].double().numpy()))
     with pytest.raises(VitreousError, match="reversed attention"):
         dependency_tree(nn.Identity(), x)
-
-
-def test_drawing() -> None:
-    parents = np.array([1, -1, 1, 4, 1, 4])
-    picture = Image.new("L", (60, 40))
-    drawn = draw_tree(picture, parents, (2, 3))
-    assert drawn.size == (480, 320) and drawn.mode == "RGB"
-    pixels = np.asarray(drawn)
-    assert pixels[80, 160].any() and not pixels[160, 20].any()  # on the line from 0 to 1; between rows at the edge
-    assert len({tuple(c) for c in pixels.reshape(-1, 3)}) == 5  # black, white ring, three branches
-    with pytest.raises(VitreousError, match="grid"):
-        draw_tree(picture, parents)
-    with pytest.raises(VitreousError, match="circle"):
-        draw_tree(picture, np.array([1, 0, 0, -1]))
 
 
 def test_every_parameter_learns(x: Tensor) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -229,39 +228,6 @@ def _cycle(parent: np.ndarray) -> np.ndarray | None:
                 nodes.append(parent[nodes[-1]])
             return np.array(nodes)
     return None
-
-
-COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119", "#469990")
-
-
-def draw_tree(picture: Image.Image, parents: np.ndarray, grid: tuple[int, int] | None = None) -> Image.Image:
-    """`picture`, at least 448 pixels wide, with a line from each patch to its parent; one colour for each branch of the root.
-
-    `parents` `[N]` as from `dependency_tree`; `grid` are the rows and columns of patches, a square where not given. The root
-    is ringed. Raises VitreousError when `parents` do not fill the grid or are no tree.
-    """
-    n = len(parents)
-    rows, columns = grid or (round(n**0.5), round(n**0.5))
-    if rows * columns != n:
-        raise VitreousError(f"draw_tree: {n} parents do not fill a grid of {rows} × {columns} patches: pass grid=(rows, columns)")
-    scale = max(1, -(-448 // picture.width))
-    image = picture.convert("RGB").resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    pen, (w, h) = ImageDraw.Draw(image), (image.width / columns, image.height / rows)
-    points = [((i % columns + 0.5) * w, (i // columns + 0.5) * h) for i in range(n)]
-    branches: dict[int, str] = {}
-    for child, parent in enumerate(parents):
-        if parent >= 0:
-            top, steps = child, 0
-            while parents[parents[top]] >= 0:
-                top, steps = parents[top], steps + 1
-                if steps > n:
-                    raise VitreousError(f"draw_tree: the parents of patch {child} go round in a circle, which is no tree")
-            colour = branches.setdefault(int(top), COLOURS[len(branches) % len(COLOURS)])
-            pen.line([points[child], points[parent]], fill=colour, width=2)
-        else:
-            (cx, cy), r = points[child], min(w, h) * 0.4
-            pen.ellipse([cx - r, cy - r, cx + r, cy + r], outline="white", width=3)
-    return image
 
 
 SIZES = {"tiny": 192, "small": 384}

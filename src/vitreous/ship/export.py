@@ -22,6 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from .. import operators
 from ..errors import VitreousError
 
 OPSET = 20  # the first with Gelu as one operator; read by every runtime since 2024
@@ -59,8 +60,9 @@ def trace(model: nn.Module, example: Tensor, *, dynamic: bool) -> ExportedProgra
 
 
 def is_quantized(program: ExportedProgram) -> bool:
-    """Whether the program holds fake quantization, which ONNX and OpenVINO run in integers."""
-    return any(FAKE_QUANTIZE in str(node.target) for node in program.graph.nodes)
+    """Whether the program holds fake quantization, which ONNX and OpenVINO run in integers, or integers themselves."""
+    kinds = (FAKE_QUANTIZE, "vitreous.matmul_integer")
+    return any(kind in str(node.target) for node in program.graph.nodes for kind in kinds)
 
 
 def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
@@ -163,6 +165,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.fake_quantize_per_tensor_affine.tensor_qparams: per_tensor,
         aten.fake_quantize_per_channel_affine.default: per_channel,
         aten.scatter_reduce.two: scatter_reduce,
+        **operators.translations(op),
     }
 
 
