@@ -36,10 +36,12 @@ class LRPQViT(PostTraining):
 
     mixed: below 8 bits, every layer and every attention product gets one bit more, as many as asked for, or one less, for
         its weight and its input alike: of all ways that need no more bytes of weights and no more bit operations than
-        `weights` and `activations` everywhere, the one with the greatest sum of bits times relevance. A layer's relevance
-        is the share of the predicted class's score that comes through it (`vitreous.relevance`; of a model without
-        classifier, of its features' squared norm), averaged over calibration images. The patch embedding still reads
-        8-bit images. False is the paper's fixed-bit variant, and what models get whose blocks are not plain.
+        `weights` and `activations` everywhere, the one with the least sum of relevance times 4^(−bits), the power of the
+        rounding noise. (The greatest sum of relevance times bits, to which the bit from 4 to 3 is worth no more than the
+        one from 5 to 4, has an error of 0.77 instead of 0.65 on DINOv2 ViT-S/14 at 4 bits.) A layer's relevance is the
+        share of the predicted class's score that comes through it (`vitreous.relevance`; of a model without classifier,
+        of its features' squared norm), averaged over calibration images. The patch embedding still reads 8-bit images.
+        False is the paper's fixed-bit variant, and what models get whose blocks are not plain.
 
     LayerNorm outputs are quantized as in RepQ-ViT, each channel by its own scale that then moves into the layers around,
     but the widest channels are clipped: their scales, which blow up a few columns of the next weights, are cut to one
@@ -47,8 +49,8 @@ class LRPQViT(PostTraining):
     compute. All else is as in RepQ: softmax on powers of √2, percentile ranges below 8 bits, exact ones at 8.
 
     The authors published no code, and only what the paper says of itself was at hand: relevance by LRP decides on the
-    bits, and outliers are clipped for each channel of LayerNorm outputs. The candidate bits, the two budgets and the
-    choice of the clipping are ours.
+    bits, and outliers are clipped for each channel of LayerNorm outputs. The candidate bits, what is minimised within
+    which budgets, and the choice of the clipping are ours.
 
     What is quantized, and the other parameters, are described at `PostTraining`.
     """
@@ -160,7 +162,7 @@ def _units(model: nn.Module, image: Tensor, layers: dict[str, Read]) -> list[Uni
 def allocate(
     scores: list[float], weights: list[int], operations: list[int], usual: tuple[int, int], changes: list[int]
 ) -> list[int]:
-    """Of `changes` to the `usual` bits one for each unit: the greatest Σ score · change within both budgets.
+    """Of `changes` to the `usual` bits one for each unit: the least Σ score · 4^(−change) within both budgets.
 
     The budgets are what the usual bits of weight and activation need everywhere: bits of weights, and bit operations, a
     multiplication of w and a bits being w · a. Solved exactly, as an integer programme of one binary a unit and change.
@@ -174,7 +176,7 @@ def allocate(
     stored = np.array(weights, dtype=float) / max(sum(weights), 1)
     one_each = np.kron(np.eye(n), np.ones(len(d)))
     found = milp(
-        np.kron(-np.array(scores, dtype=float), d),
+        np.kron(np.array(scores, dtype=float), 4.0**-d),
         integrality=np.ones(n * len(d)),
         bounds=Bounds(0, 1),
         constraints=[
