@@ -155,4 +155,4 @@ def test_tells_its_progress(model: nn.Module, images: Tensor) -> None:
     told: list[float] = []
     with working(Work(told.append)):
         DopQ(4, 4).apply(model, images)
-    assert told == sorted(told) and len(told) > 5
+    assert told == [0.5, 1.0], "one for the softmax of each block"

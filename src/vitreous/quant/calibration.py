@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from .layers import FakeQuantizer, quant_layers
+from .layers import FLOOR, FakeQuantizer, LogSqrt2, Quantizer, quant_layers
 
 BATCH = 32  # images at a time
 SAMPLES = 2**20  # values kept of one tensor, over all calibration images
@@ -97,3 +97,32 @@ def search(x: Tensor, grid: Grid, low: int, high: int) -> tuple[Tensor, Tensor]:
             zero = torch.where(better, z, zero)
         found.append((scale, zero))
     return torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
+
+
+def search_log(x: Tensor, quantizer: LogSqrt2) -> Tensor:
+    """The scale of a `LogSqrt2`: of three upper percentiles of `x` the one with the least squared error."""
+    candidates = torch.quantile(x.flatten(), x.new_tensor(PERCENTILES)).clamp_min(FLOOR)
+    return min(candidates, key=lambda s: float((quantizer.on_grid(x, s) - x).square().mean()))
+
+
+def set_grids(model: nn.Module, watches: dict[str, Watch]) -> None:
+    """Set the uniform quantizers, and those on powers of √2, that saw `watches`, each with one range for its tensor.
+
+    Ranges are exact at 8 bits and searched below; softmax fills 0 … 1. Other kinds of quantizers are left to the method.
+    """
+    for name, seen in watches.items():
+        quantizer = model.get_submodule(name)
+        if isinstance(quantizer, LogSqrt2):
+            quantizer.scale.copy_(search_log(seen.samples, quantizer))
+        elif isinstance(quantizer, Quantizer) and name.endswith(".operands.probs"):
+            quantizer.set(torch.tensor(1 / quantizer.high), torch.tensor(0))
+        elif isinstance(quantizer, Quantizer) and quantizer.bits == 8:
+            quantizer.set(*quantizer.grid(seen.low, seen.high))
+        elif isinstance(quantizer, Quantizer):
+            quantizer.set(*search(seen.samples, quantizer.grid, quantizer.low, quantizer.high))
+
+
+def weight_grid(weight: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each output channel: exact ranges at 8 bits, searched ones below."""
+    w = weight.float().flatten(1).T
+    return q.grid(*w.aminmax(dim=0)) if q.bits == 8 else search(w, q.grid, q.low, q.high)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..steps import step
 from ..work import tick
-from .calibration import search, watch
+from .calibration import set_grids, watch, weight_grid
 from .fpcs import fpcs
 from .layers import FakeQuantizer, Quantizer, quant_layers
 from .posttraining import PostTraining, norm_readers
@@ -54,21 +54,13 @@ class DopQ(PostTraining):
                 layers = list(inputs.values())
                 scale, zero_point = channel_grids(watches[next(iter(inputs))], layers[0].quant_x.bits)
                 reparameterize(model.get_submodule(norm), layers, scale, zero_point, shared=scale.median())
-            names = sorted(watches.keys() - by_channel)
-            for i, name in enumerate(names):
-                tick(i / len(names))
-                quantizer, seen = model.get_submodule(name), watches[name]
-                if isinstance(quantizer, TanQ):
-                    fit_tan(quantizer, seen.samples.flatten())
-                elif isinstance(quantizer, Quantizer) and name.endswith(".operands.probs"):
-                    quantizer.set(torch.tensor(1 / quantizer.high), torch.tensor(0))
-                elif isinstance(quantizer, Quantizer) and quantizer.bits == 8:
-                    quantizer.set(*quantizer.grid(seen.low, seen.high))
-                elif isinstance(quantizer, Quantizer):
-                    quantizer.set(*search(seen.samples, quantizer.grid, quantizer.low, quantizer.high))
+            set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
+            tans = {name: m for name in watches if isinstance(m := model.get_submodule(name), TanQ)}
+            for i, (name, quantizer) in enumerate(tans.items()):
+                fit_tan(quantizer, watches[name].samples.flatten())
+                tick((i + 1) / len(tans))
             for layer in quant_layers(model).values():
-                w, q = layer.weight.float().flatten(1).T, layer.quant_w
-                q.set(*(q.grid(*w.aminmax(dim=0)) if q.bits == 8 else search(w, q.grid, q.low, q.high)))
+                layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
 
 
 class TanQ(FakeQuantizer):

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..steps import step
-from .calibration import search, watch
+from .calibration import search, set_grids, watch
 from .isvit import fit_weight
 from .layers import FakeQuantizer, LogSqrt2, QuantConv2d, Quantizer, QuantLinear, quant_layers
 from .posttraining import PostTraining, Read
 from .reconstruction import in_floats, walk
-from .repq import search_log
 from .rounding import learn_rounding
 
 EXAMPLES = 8  # images from which importance is estimated
@@ -74,16 +73,7 @@ class GradientPTQ(PostTraining):
         assert calibration is not None
         floats = in_floats(model)
         with torch.no_grad():
-            for name, seen in watch(model, calibration, sample=True).items():
-                quantizer = model.get_submodule(name)
-                if isinstance(quantizer, LogSqrt2):
-                    quantizer.scale.copy_(search_log(seen.samples, quantizer))
-                elif isinstance(quantizer, Quantizer) and name.endswith(".operands.probs"):
-                    quantizer.set(torch.tensor(1 / quantizer.high), torch.tensor(0))
-                elif isinstance(quantizer, Quantizer) and quantizer.bits == 8:
-                    quantizer.set(*quantizer.grid(seen.low, seen.high))
-                elif isinstance(quantizer, Quantizer):
-                    quantizer.set(*search(seen.samples, quantizer.grid, quantizer.low, quantizer.high))
+            set_grids(model, watch(model, calibration, sample=True))
             for layer in quant_layers(model).values():
                 fit_weight(layer.quant_w, layer.weight)
         walk(model, floats, calibration, self._learn, "rounding", blocks=False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..steps import step
-from .calibration import Watch, search, watch
+from .calibration import Watch, set_grids, watch
 from .layers import FLOOR, FakeQuantizer, Quantizer, QuantLinear, quant_layers
 from .posttraining import PostTraining, norm_readers
 from .reconstruction import bake, descend, in_floats, unchanged, walk
@@ -139,16 +139,11 @@ class ISViT(PostTraining):
         """Sets the quantizers of activations; returns scale and zero point of the channels of each LayerNorm in `readers`."""
         by_channel = {name for inputs in readers.values() for name in inputs}
         watches = watch(model, calibration, by_channel, sample=True)
-        for name in watches.keys() - by_channel:
-            quantizer, seen = model.get_submodule(name), watches[name]
+        set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
+        for name, seen in watches.items():
+            quantizer = model.get_submodule(name)
             if isinstance(quantizer, ShiftUniformLog2):
                 quantizer.search(seen)
-            elif isinstance(quantizer, Quantizer) and name.endswith(".operands.probs"):
-                quantizer.set(torch.tensor(1 / quantizer.high), torch.tensor(0))
-            elif isinstance(quantizer, Quantizer) and quantizer.bits == 8:
-                quantizer.set(*quantizer.grid(seen.low, seen.high))
-            elif isinstance(quantizer, Quantizer):
-                quantizer.set(*search(seen.samples, quantizer.grid, quantizer.low, quantizer.high))
         return {norm: channel_grids(watches[next(iter(inputs))], self.activations) for norm, inputs in readers.items()}
 
     def _learn(self, unit: nn.Module, x: Tensor, y: Tensor) -> None:

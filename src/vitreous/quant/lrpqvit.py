@@ -16,11 +16,10 @@ from ..errors import VitreousError
 from ..relevance import relevance
 from ..steps import step
 from ..work import tick
-from .calibration import Watch, search, watch
+from .calibration import Watch, set_grids, watch, weight_grid
 from .layers import FakeQuantizer, LogSqrt2, Quantizer, QuantLinear, quant_layers
 from .posttraining import PostTraining, Read, norm_readers
 from .reparameterization import channel_grids, reparameterize
-from .repq import search_log
 
 IMAGES = 32  # of the calibration images, how many are explained
 TOGETHER = 2  # of them in one pass, which keeps all that their backward pass needs
@@ -92,18 +91,9 @@ class LRPQViT(PostTraining):
                 seen, reading = watches[next(iter(inputs))], list(inputs.values())
                 reparameterize(model.get_submodule(norm), reading, *clipped_grids(seen, reading))
                 tick((i + 1) / len(readers))
-            for name in watches.keys() - by_channel:
-                quantizer, seen = model.get_submodule(name), watches[name]
-                if isinstance(quantizer, LogSqrt2):
-                    quantizer.scale.copy_(search_log(seen.samples, quantizer))
-                elif isinstance(quantizer, Quantizer) and name.endswith(".operands.probs"):
-                    quantizer.set(torch.tensor(1 / quantizer.high), torch.tensor(0))
-                elif isinstance(quantizer, Quantizer) and quantizer.bits == 8:
-                    quantizer.set(*quantizer.grid(seen.low, seen.high))
-                elif isinstance(quantizer, Quantizer):
-                    quantizer.set(*search(seen.samples, quantizer.grid, quantizer.low, quantizer.high))
+            set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
             for layer in quant_layers(model).values():
-                layer.quant_w.set(*_weight_grid(layer.weight, layer.quant_w))
+                layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
 
 
 def layer_relevance(model: nn.Module, images: Tensor) -> dict[str, float]:
@@ -213,16 +203,11 @@ def clipped_grids(seen: Watch, layers: list[QuantLinear]) -> tuple[Tensor, Tenso
         for layer, y in zip(layers, wanted, strict=True):
             r1 = s / s.mean()  # what the channels' scales do to the weights, see `reparameterize`
             w = layer.weight * r1
-            grid = _weight_grid(w, layer.quant_w)
+            grid = weight_grid(w, layer.quant_w)
             error += float((F.linear(given / r1, _on_grid(w, *grid, layer.quant_w)) - y).square().sum())
         if error < least:
             best, least = (s, z), error
     return best
-
-
-def _weight_grid(weight: Tensor, q: Quantizer) -> tuple[Tensor, Tensor]:
-    w = weight.float().flatten(1).T
-    return q.grid(*w.aminmax(dim=0)) if q.bits == 8 else search(w, q.grid, q.low, q.high)
 
 
 def _on_grid(w: Tensor, scale: Tensor, zero_point: Tensor, q: Quantizer) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..steps import step
-from .calibration import PERCENTILES, search, watch
-from .layers import FLOOR, FakeQuantizer, LogSqrt2, Quantizer, quant_layers
+from .calibration import set_grids, watch, weight_grid
+from .layers import FakeQuantizer, LogSqrt2, Quantizer, quant_layers
 from .posttraining import PostTraining, norm_readers
 from .reparameterization import channel_grids, reparameterize
 
@@ -47,22 +47,6 @@ class RepQ(PostTraining):
             for norm, inputs in readers.items():
                 scale, zero_point = channel_grids(watches[next(iter(inputs))], self.activations)
                 reparameterize(model.get_submodule(norm), list(inputs.values()), scale, zero_point)
-            for name in watches.keys() - by_channel:
-                quantizer, seen = model.get_submodule(name), watches[name]
-                if isinstance(quantizer, LogSqrt2):
-                    quantizer.scale.copy_(search_log(seen.samples, quantizer))
-                elif isinstance(quantizer, Quantizer) and name.endswith(".operands.probs"):
-                    quantizer.set(torch.tensor(1 / quantizer.high), torch.tensor(0))
-                elif isinstance(quantizer, Quantizer) and quantizer.bits == 8:
-                    quantizer.set(*quantizer.grid(seen.low, seen.high))
-                elif isinstance(quantizer, Quantizer):
-                    quantizer.set(*search(seen.samples, quantizer.grid, quantizer.low, quantizer.high))
+            set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
             for layer in quant_layers(model).values():
-                w, q = layer.weight.float().flatten(1).T, layer.quant_w
-                q.set(*(q.grid(*w.aminmax(dim=0)) if q.bits == 8 else search(w, q.grid, q.low, q.high)))
-
-
-def search_log(x: Tensor, quantizer: LogSqrt2) -> Tensor:
-    """The scale of a `LogSqrt2`: of three upper percentiles of `x` the one with the least squared error."""
-    candidates = torch.quantile(x.flatten(), x.new_tensor(PERCENTILES)).clamp_min(FLOOR)
-    return min(candidates, key=lambda s: float((quantizer.on_grid(x, s) - x).square().mean()))
+                layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
