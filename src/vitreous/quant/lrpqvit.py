@@ -99,9 +99,9 @@ class LRPQViT(PostTraining):
 def layer_relevance(model: nn.Module, images: Tensor) -> dict[str, float]:
     """The share of the explained score that comes through each layer and attention product, mean over images."""
     sums: dict[str, float] = {}
-    device = next(model.parameters()).device
+    device, anatomy = next(model.parameters()).device, read(model)
     for i, part in enumerate(images.split(TOGETHER)):
-        for name, shares in relevance(model, part.to(device)).layers.items():
+        for name, shares in relevance(model, part.to(device), anatomy=anatomy).layers.items():
             sums[name] = sums.get(name, 0.0) + float(shares.sum()) / len(images)
         tick((i + 1) * TOGETHER / len(images))
     return sums
