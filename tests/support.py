@@ -55,3 +55,22 @@ def small_vit(depth: int = 4, seed: int = 0, **kwargs: Any) -> nn.Module:
             nn.init.normal_(p, std=0.15)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
     return model.eval()
+
+
+def uneven_vit() -> nn.Module:
+    """As in real ViTs, a few channels of the LayerNorms are far wider than the rest, and some far from zero."""
+    model = small_vit(depth=2)
+    with torch.no_grad():
+        for block in model.blocks:
+            for norm in (block.norm1, block.norm2):
+                norm.weight[:4] *= 25
+                norm.bias[4:8] += 8
+            for layer in (block.attn.qkv, block.mlp.fc1):
+                layer.weight[:, :4] /= 25
+    return model
+
+
+def error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> float:
+    """The relative L2 distance of two models' answers."""
+    with torch.no_grad():
+        return float((model(x) - reference(x)).norm() / reference(x).norm())

@@ -100,7 +100,7 @@ def any_model(request: pytest.FixtureRequest) -> nn.Module:
         return timm.create_model("deit_tiny_distilled_patch16_224", **size).eval()
     model = small_vit(depth=2, **KINDS.get(request.param, {}))
     if request.param == "features":
-        model.reset_classifier(0)  # type: ignore[operator]
+        model.reset_classifier(0)
     return model
 
 

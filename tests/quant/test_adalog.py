@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import small_vit
+from support import error, small_vit, uneven_vit
 from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
@@ -25,16 +25,7 @@ from vitreous.work import Work, working
 
 @pytest.fixture(scope="module")
 def uneven() -> nn.Module:
-    """As in real ViTs, a few channels of the LayerNorms are far wider than the rest, and some far from zero."""
-    model = small_vit(depth=2)
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight[:4] *= 25
-                norm.bias[4:8] += 8
-            for layer in (block.attn.qkv, block.mlp.fc1):
-                layer.weight[:, :4] /= 25
-    return model
+    return uneven_vit()
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +41,6 @@ def others() -> Tensor:
 @pytest.fixture(scope="module")
 def four(uneven: nn.Module, images: Tensor) -> nn.Module:
     return AdaLog(4, 4).apply(uneven, images)
-
-
-def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x) - reference(x)).norm() / reference(x).norm())
 
 
 class TestGrid:

@@ -7,9 +7,10 @@ import copy
 import pytest
 import timm
 import torch
-from support import small_vit
+from support import error, small_vit
 from torch import Tensor, nn
 
+import vitreous.quant.auto as auto_module
 from vitreous.quant import Auto, MinMax, RepQ, why
 from vitreous.quant.auto import Balanced, balance, chain, fit_layers, in_floats, inputs, taker
 from vitreous.quant.layers import QuantLinear, quant_layers
@@ -42,11 +43,6 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def others() -> Tensor:
     return torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x) - reference(x)).norm() / reference(x).norm())
 
 
 def test_ahead_of_its_parts_where_channels_differ(model: nn.Module, images: Tensor, others: Tensor) -> None:
@@ -141,6 +137,20 @@ def test_with_tokens_dropped_or_merged(model: nn.Module, images: Tensor, others:
         with torch.no_grad():
             off = (small(others) - reducer.apply(model)(others)).norm(dim=1) / small(others).norm(dim=1)
         assert off.median() < 0.06
+
+
+def test_layers_that_read_one_norm_are_never_fitted_apart(
+    images: Tensor, others: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its channels would be divided twice. Here two layers read the second norm, and places are held one at a time."""
+    model = small_vit(depth=2, mlp_layer=timm.layers.SwiGLU)
+    reduced = EViT(keep=0.5, at=(1,)).apply(model)
+    monkeypatch.setattr(auto_module, "PLACES", 1)
+    with torch.no_grad():
+        off = (Auto(reduce_range=False).apply(reduced, images)(others) - reduced(others)).norm(dim=1) / reduced(others).norm(
+            dim=1
+        )
+    assert off.median() < 0.06
 
 
 def test_other_blocks_and_missing_biases(images: Tensor) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support import small_vit
+from support import error, small_vit
 from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
@@ -30,11 +30,6 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def others() -> Tensor:
     return torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x) - reference(x)).norm() / reference(x).norm())
 
 
 def test_bits_are_spent_where_they_save_most() -> None:

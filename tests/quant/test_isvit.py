@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import small_vit
+from support import error, small_vit
 from torch import Tensor, nn
 
 import vitreous.quant.isvit as module
@@ -35,11 +35,6 @@ def uneven() -> nn.Module:
                 norm.bias[4:8] += 8
                 layer.weight[:, :4] /= 25
     return model
-
-
-def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x) - reference(x)).norm() / reference(x).norm())
 
 
 def covering(low: float, high: float, shift: float, bits: int) -> ShiftUniformLog2:

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import small_vit
+from support import error, small_vit
 from timm.models.byobnet import ByobNet
 from timm.models.mobilevit import model_cfgs
 from torch import Tensor, nn
@@ -73,11 +73,6 @@ def eight(model: nn.Module, images: Tensor) -> nn.Module:
 @pytest.fixture(scope="module")
 def six(model: nn.Module, images: Tensor) -> nn.Module:
     return QHyViT(6, 6).apply(model, images)
-
-
-def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x) - reference(x)).norm() / reference(x).norm())
 
 
 def structure(step: QHyViT, model: nn.Module, images: Tensor) -> nn.Module:

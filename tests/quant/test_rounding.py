@@ -74,7 +74,7 @@ def test_beta_warms_up_and_falls() -> None:
     assert annealed(0.0) is None and annealed(0.19) is None
     betas = [annealed(0.2 + 0.01 * i) for i in range(81)]
     assert betas[0] == pytest.approx(20) and betas[-1] == pytest.approx(2) and betas[40] == pytest.approx(11)
-    assert betas == sorted(betas, reverse=True)  # type: ignore[type-var]
+    assert betas == sorted(betas, reverse=True)
 
 
 def correlated(rows: int, width: int) -> Tensor:

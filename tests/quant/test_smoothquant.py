@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from support import small_vit
+from support import error, small_vit
 from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
@@ -36,11 +36,6 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def others() -> Tensor:
     return torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-def error(model: nn.Module, reference: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        return float((model(x) - reference(x)).norm() / reference(x).norm())
 
 
 def floats(model: nn.Module) -> nn.Module:

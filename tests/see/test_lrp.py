@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from support import filled, small_vit
+from support import GOLDENS, filled, small_vit
 from torch import Tensor, nn
 
 from vitreous import relevance as rules
 from vitreous.errors import VitreousError
-from vitreous.see.lrp import _attribution, lrp, transformer_attribution
-
-SHARED = Path(__file__).parents[3] / "shared/goldens"
+from vitreous.see.lrp import BATCH, _attribution, lrp, transformer_attribution
 
 
 def published_sum(a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +47,6 @@ def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared goldens")
 def test_the_reference_by_its_own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the rule for what cancels is the reference's: with its rule, its maps in double precision.
 
@@ -60,9 +56,9 @@ def test_the_reference_by_its_own_rules(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(rules, "product_rule", published_product)
     model = filled(timm.create_model("deit_tiny_patch16_224")).double()
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)).double()
-    with np.load(SHARED / "see--transformer-attribution--deit.npz") as file:
+    with np.load(GOLDENS / "see--transformer-attribution--deit.npz") as file:
         attribution, target = torch.from_numpy(file["map_f64_eps1e-6"])[:1], json.loads(bytes(file["info"]))["target_class"]
-    with np.load(SHARED / "see--lrp-full--deit.npz") as file:
+    with np.load(GOLDENS / "see--lrp-full--deit.npz") as file:
         full, passed = torch.from_numpy(file["map_f64_eps1e-6"])[:1], torch.from_numpy(file["attn_relevance_sum_f64"])[:1]
     found = rules.relevance(model, x, target, gradients=True)
     assert worst(found.pixels.sum(1), full) < 1e-3
@@ -122,3 +118,11 @@ def test_bad_input(vit: nn.Module, images: Tensor) -> None:
             draw(vit, images[0])
         with pytest.raises(VitreousError, match="plain"):
             draw(swin, torch.randn(1, 3, 64, 64))
+
+
+def test_a_target_that_fits_a_part_of_the_images_alone_is_refused(vit: nn.Module) -> None:
+    """Images are explained a few at a time: a target for one such part must not be taken for each of them."""
+    x = torch.randn(2 * BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    for explain in (lrp, transformer_attribution):
+        with pytest.raises(VitreousError, match=f"each of the {2 * BATCH} images, not {BATCH}"):
+            explain(vit, x, torch.zeros(BATCH, dtype=torch.long))

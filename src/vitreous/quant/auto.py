@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import PlainBlock
-from ..steps import step
+from ..steps import history_of, step
 from ..work import tick
 from .calibration import watch
 from .gptq import patches, second_order_rounding
@@ -19,7 +19,7 @@ from .posttraining import PostTraining, attention_blocks, give_bias
 from .reconstruction import in_floats, reduces, unchanged
 
 IMAGES = 64  # images whose activations are held at a time; of more, the first
-LAYERS = 8  # layers whose inputs are held at a time
+PLACES = 6  # of which the inputs are held at a time; a place is what some layers read together
 ROWS = 2048  # tokens on which candidates are fitted, and as many on which they are compared
 ALPHAS = (0.0, 0.5, 0.75, 1.0)
 RIDGE = 1.0  # share of the mean diagonal that holds a corrected weight to the original
@@ -58,8 +58,8 @@ class Auto(PostTraining):
     - *Rounding* is GPTQ's, on the inputs that the layer has when all before it is quantized, after the weight moved to the
       least squares fit of the float outputs from these inputs; the bias makes up for what is left of the mean.
 
-    The attention products stay in floats, a few percent of the work and much of the error; `softmax=True` quantizes them.
-    Where blocks drop or merge tokens, or are not plain, a layer is fitted to its own float inputs; without plain blocks α is 0.
+    The attention products stay in floats; `softmax=True` quantizes them. Layers outside of the blocks are fitted to their own
+    float inputs, as all are where blocks drop or merge tokens or are not plain; without plain blocks α is 0.
     What was chosen for each layer is told by `vt.quant.why(model)`.
 
     With 8 and 8 bits all of it is deployable: uint8 inputs, int8 weights, static scales. Parameters as at `PostTraining`.
@@ -91,8 +91,9 @@ class Auto(PostTraining):
             outside = (
                 [name for name in quant_layers(model) if not name.startswith(inside)] if blocks else list(quant_layers(model))
             )
-            for start in range(0, len(outside), LAYERS):
-                at_once(model, floats, outside[start : start + LAYERS], images, why)
+            outside = groups({name: quant_layers(model)[name] for name in outside})
+            for start in range(0, len(outside), PLACES):
+                at_once(model, floats, outside[start : start + PLACES], images, why)
                 tick(0.2 * start / len(outside))
             f = q = None
             for i, name in enumerate(blocks):
@@ -109,8 +110,6 @@ class Auto(PostTraining):
 
 def why(model: nn.Module) -> dict[str, str]:
     """What `Auto` chose for each quantized layer of a slimmed model, and what that saved; empty for other models."""
-    from ..steps import history_of
-
     return {k: v for _, plan in history_of(model).done for k, v in plan.get("why", {}).items()}
 
 
@@ -156,12 +155,12 @@ def in_order(block: PlainBlock, floats: PlainBlock, f: Tensor, q: Tensor, why: d
     return after_f, inputs(block, [], q)[1]
 
 
-def at_once(model: nn.Module, floats: nn.Module, names: list[str], images: Tensor, why: dict[str, str]) -> None:
-    """Fit layers to what they read in the float model."""
+def at_once(model: nn.Module, floats: nn.Module, places: list[list[str]], images: Tensor, why: dict[str, str]) -> None:
+    """Fit layers to what they read in the float model; `places` are whole, for what is before one is changed once."""
     layers = quant_layers(model)
-    given, _ = inputs(floats, names, images)
+    given, _ = inputs(floats, [group[0] for group in places], images)
     blocks = [m for m in model.modules() if isinstance(m, PlainBlock)]
-    for group in groups({name: layers[name] for name in given}):
+    for group in places:
         block = next((b for b in blocks if group[0].startswith(f"{b.name}.")), None)
         together = [layers[name] for name in group]
         take = taker(block, group[0].removeprefix(f"{block.name}."), together) if block else None

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..steps import step
 from ..work import tick
-from .calibration import set_grids, watch, weight_grid
+from .calibration import Watch
 from .fpcs import fpcs
-from .layers import FakeQuantizer, Quantizer, quant_layers
-from .posttraining import PostTraining, norm_readers
-from .reparameterization import channel_grids, reparameterize
+from .layers import FakeQuantizer, Quantizer, QuantLinear
+from .posttraining import PostTraining
+from .reparameterization import channel_grids, fit_reparameterized
 
 VALUES = 2**16  # of a softmax, on which grids are tried
 
@@ -46,21 +46,17 @@ class DopQ(PostTraining):
 
     def fit(self, model: nn.Module, calibration: Tensor | None) -> None:
         assert calibration is not None
-        readers = norm_readers(model)
-        by_channel = {name for inputs in readers.values() for name in inputs}
+
+        def grids(seen: Watch, _: list[QuantLinear]) -> tuple[Tensor, Tensor, Tensor]:
+            scale, zero_point = channel_grids(seen, self.activations)
+            return scale, zero_point, scale.median()
+
+        watches = fit_reparameterized(model, calibration, grids)
+        tans = {name: m for name in watches if isinstance(m := model.get_submodule(name), TanQ)}
         with torch.no_grad():
-            watches = watch(model, calibration, by_channel, sample=True)
-            for norm, inputs in readers.items():
-                layers = list(inputs.values())
-                scale, zero_point = channel_grids(watches[next(iter(inputs))], layers[0].quant_x.bits)
-                reparameterize(model.get_submodule(norm), layers, scale, zero_point, shared=scale.median())
-            set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
-            tans = {name: m for name in watches if isinstance(m := model.get_submodule(name), TanQ)}
             for i, (name, quantizer) in enumerate(tans.items()):
                 fit_tan(quantizer, watches[name].samples.flatten())
                 tick((i + 1) / len(tans))
-            for layer in quant_layers(model).values():
-                layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
 
 
 class TanQ(FakeQuantizer):

@@ -8,6 +8,7 @@ grids are the asymmetric ones of the literature. Gradients pass straight through
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
 
@@ -23,7 +24,7 @@ IN_TORCH = "torch computes the integers in floats; the shipped file runs them"
 Watcher = Callable[[Tensor], None]
 
 
-class FakeQuantizer(nn.Module):
+class FakeQuantizer(nn.Module, ABC):
     """Floats in, floats on a grid of 2^`bits` values out. A kind of grid says how in `quantized`.
 
     While `watcher` is set (calibration), tensors pass unchanged and are shown to it.
@@ -40,8 +41,8 @@ class FakeQuantizer(nn.Module):
             return x
         return self.quantized(x)
 
-    def quantized(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def quantized(self, x: Tensor) -> Tensor: ...
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits"

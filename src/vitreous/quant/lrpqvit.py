@@ -16,10 +16,10 @@ from ..errors import VitreousError
 from ..relevance import relevance
 from ..steps import step
 from ..work import tick
-from .calibration import Watch, set_grids, watch, weight_grid
-from .layers import FakeQuantizer, LogSqrt2, Quantizer, QuantLinear, quant_layers
-from .posttraining import PostTraining, Read, norm_readers
-from .reparameterization import channel_grids, reparameterize
+from .calibration import Watch, weight_grid
+from .layers import FakeQuantizer, LogSqrt2, Quantizer, QuantLinear
+from .posttraining import PostTraining, Read
+from .reparameterization import channel_grids, fit_reparameterized
 
 IMAGES = 32  # of the calibration images, how many are explained
 TOGETHER = 2  # of them in one pass, which keeps all that their backward pass needs
@@ -36,8 +36,7 @@ class LRPQViT(PostTraining):
     mixed: below 8 bits, every layer and every attention product gets one bit more, as many as asked for, or one less, for
         its weight and its input alike: of all ways that need no more bytes of weights and no more bit operations than
         `weights` and `activations` everywhere, the one with the least sum of relevance times 4^(−bits), the power of the
-        rounding noise. (The greatest sum of relevance times bits, to which the bit from 4 to 3 is worth no more than the
-        one from 5 to 4, has an error of 0.77 instead of 0.65 on DINOv2 ViT-S/14 at 4 bits.) A layer's relevance is the
+        rounding noise. A layer's relevance is the
         share of the predicted class's score that comes through it (`vitreous.relevance`; of a model without classifier,
         of its features' squared norm), averaged over calibration images. The patch embedding still reads 8-bit images.
         False is the paper's fixed-bit variant, and what models get whose blocks are not plain.
@@ -83,17 +82,7 @@ class LRPQViT(PostTraining):
 
     def fit(self, model: nn.Module, calibration: Tensor | None) -> None:
         assert calibration is not None
-        readers = norm_readers(model)
-        by_channel = {name for inputs in readers.values() for name in inputs}
-        with torch.no_grad():
-            watches = watch(model, calibration, by_channel, sample=True)
-            for i, (norm, inputs) in enumerate(readers.items()):
-                seen, reading = watches[next(iter(inputs))], list(inputs.values())
-                reparameterize(model.get_submodule(norm), reading, *clipped_grids(seen, reading))
-                tick((i + 1) / len(readers))
-            set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
-            for layer in quant_layers(model).values():
-                layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
+        fit_reparameterized(model, calibration, lambda seen, layers: (*clipped_grids(seen, layers), None))
 
 
 def layer_relevance(model: nn.Module, images: Tensor) -> dict[str, float]:
@@ -120,8 +109,8 @@ def _units(model: nn.Module, image: Tensor, layers: dict[str, Read]) -> list[Uni
     rows: dict[str, int] = {}
 
     def count(name: str) -> Any:
-        def hook(layer: nn.Module, _: Any, out: Tensor) -> None:
-            rows[name] = out.numel() // layer.weight.shape[0]  # type: ignore[operator]
+        def hook(layer: Any, _: Any, out: Tensor) -> None:
+            rows[name] = out.numel() // len(layer.weight)
 
         return hook
 
@@ -134,7 +123,7 @@ def _units(model: nn.Module, image: Tensor, layers: dict[str, Read]) -> list[Uni
             handle.remove()
     units: dict[str, Unit] = {}
     for name, (_, norm) in layers.items():
-        numbers = model.get_submodule(name).weight.numel()  # type: ignore[union-attr, operator]
+        numbers = model.get_parameter(f"{name}.weight").numel()
         unit = units.setdefault(norm or name, Unit([], 0, 0))
         unit.names.append(name)
         unit.weights += numbers

@@ -109,7 +109,7 @@ class PostTraining(Step):
             setattr(model.get_submodule(parent), child, new.to(layer.weight.device))
         if not self.deployable:
             bits = f"{self.weights}-bit weights and {self.activations}-bit activations"
-            mixed = ", on average or less," if plan["bits"] else ""
+            mixed = ", mixed by layer within that budget," if plan["bits"] else ""
             model.simulated = f"{bits}{mixed} are computed in floats: no runtime executes them"  # type: ignore[assignment]
 
     def _operands(self, qk: tuple[int, int], av: tuple[int, int], limit: int | None) -> nn.ModuleDict:

@@ -5,11 +5,14 @@ Li et al., "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .calibration import Watch, search
-from .layers import FLOOR, Quantizer, QuantLinear
+from .calibration import Watch, search, set_grids, watch, weight_grid
+from .layers import FLOOR, Quantizer, QuantLinear, quant_layers
+from .posttraining import norm_readers
 
 
 def channel_grids(seen: Watch, bits: int) -> tuple[Tensor, Tensor]:
@@ -46,3 +49,23 @@ def reparameterize(
         layer.weight.copy_(w * r1)
         assert isinstance(layer.quant_x, Quantizer)
         layer.quant_x.set(shared, shared_zero)
+
+
+@torch.no_grad()
+def fit_reparameterized(
+    model: nn.Module, images: Tensor, grids: Callable[[Watch, list[QuantLinear]], tuple[Tensor, Tensor, Tensor | None]]
+) -> dict[str, Watch]:
+    """Set all uniform grids of a model, those of LayerNorm outputs by `reparameterize`; returns what each quantizer saw.
+
+    grids: of what a LayerNorm gave and the layers that read it, scale and zero point of each channel and the shared scale.
+    """
+    readers = norm_readers(model)
+    by_channel = {name for inputs in readers.values() for name in inputs}
+    watches = watch(model, images, by_channel, sample=True)
+    for norm, inputs in readers.items():
+        layers = list(inputs.values())
+        reparameterize(model.get_submodule(norm), layers, *grids(watches[next(iter(inputs))], layers))
+    set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
+    for layer in quant_layers(model).values():
+        layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
+    return watches

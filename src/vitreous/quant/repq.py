@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..steps import step
-from .calibration import set_grids, watch, weight_grid
-from .layers import FakeQuantizer, LogSqrt2, Quantizer, quant_layers
-from .posttraining import PostTraining, norm_readers
-from .reparameterization import channel_grids, reparameterize
+from .layers import FakeQuantizer, LogSqrt2, Quantizer
+from .posttraining import PostTraining
+from .reparameterization import channel_grids, fit_reparameterized
 
 
 @step("quant")
@@ -40,13 +38,4 @@ class RepQ(PostTraining):
 
     def fit(self, model: nn.Module, calibration: Tensor | None) -> None:
         assert calibration is not None
-        readers = norm_readers(model)
-        by_channel = {name for inputs in readers.values() for name in inputs}
-        with torch.no_grad():
-            watches = watch(model, calibration, by_channel, sample=True)
-            for norm, inputs in readers.items():
-                scale, zero_point = channel_grids(watches[next(iter(inputs))], self.activations)
-                reparameterize(model.get_submodule(norm), list(inputs.values()), scale, zero_point)
-            set_grids(model, {name: seen for name, seen in watches.items() if name not in by_channel})
-            for layer in quant_layers(model).values():
-                layer.quant_w.set(*weight_grid(layer.weight, layer.quant_w))
+        fit_reparameterized(model, calibration, lambda seen, _: (*channel_grids(seen, self.activations), None))

@@ -97,22 +97,27 @@ def learn_rounding(layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor, quantizer
     if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
         raise VitreousError("learned rounding was given NaN or infinity: check the calibration images and the weights")
     soft = SoftRounding(layer.weight, quantizer)
-    optimizer = torch.optim.Adam(soft.parameters(), lr=min(10 / iterations, FASTEST))
-    with torch.enable_grad():
-        for i in range(iterations):
-            weight = soft()
-            slope = 2 * (weight.detach().flatten(1) @ moment - cross)
-            loss = (slope * weight.flatten(1)).sum()  # not the loss, but it has its gradient, for one product instead of two
-            beta = annealed(i / iterations)
-            if beta is not None:
-                loss = loss + PENALTY * soft.regularization(beta)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    decide(soft, moment, cross, iterations)
     nearest = SoftRounding(layer.weight, quantizer).hard().flatten(1)
     learned = soft.hard().flatten(1)
     better = _loss(learned, moment, cross) < _loss(nearest, moment, cross)
     return torch.where(better[:, None], learned, nearest).reshape(layer.weight.shape).to(layer.weight.dtype)
+
+
+@torch.enable_grad()
+def decide(soft: SoftRounding, moment: Tensor, cross: Tensor, iterations: int) -> None:
+    """Learn V by `iterations` of Adam, from the moments of the data: inputs `[in, in]`, and outputs with inputs `[out, in]`."""
+    optimizer = torch.optim.Adam(soft.parameters(), lr=min(10 / iterations, FASTEST))
+    for i in range(iterations):
+        weight = soft().reshape(cross.shape)
+        slope = 2 * (weight.detach() @ moment - cross)
+        loss = (slope * weight).sum()  # not the loss, but it has its gradient, for one product instead of two
+        beta = annealed(i / iterations)
+        if beta is not None:
+            loss = loss + PENALTY * soft.regularization(beta)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def _loss(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:

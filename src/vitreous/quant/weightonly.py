@@ -15,7 +15,7 @@ from ..steps import Step, step
 from ..work import part, tick
 from .gptq import input_grams, second_order_rounding
 from .layers import IN_TORCH, Quantizer
-from .rounding import PENALTY, SoftRounding, annealed
+from .rounding import SoftRounding, decide
 
 GROUPS = (256, 128, 64, 32, 16)  # what the packed kernels of ONNX Runtime take
 GRAMS = 2**27  # numbers of XᵀX held at a time, 512 MB
@@ -141,23 +141,13 @@ class WeightOnly(Step):
         return rounded
 
 
-@torch.enable_grad()
 def learned_rounding(weight: Tensor, gram: Tensor, quantizer: GroupQuantizer) -> Tensor:
     """`weight` `[O, I]` on its grid, as `rounding.learn_rounding`, from the mean of x·xᵀ `[I, I]` alone.
 
     Inputs are those of the float layer, so the squared error of its outputs is a quadratic form in the weight's error.
     """
     soft = SoftRounding(quantizer.rows(weight), quantizer)
-    optimizer = torch.optim.Adam(soft.parameters(), lr=10 / ITERATIONS)
-    for i in range(ITERATIONS):
-        now = soft().reshape(weight.shape)
-        slope = 2 * (now.detach() - weight.detach()) @ gram
-        loss = (slope * now).sum()  # not the loss, but it has its gradient
-        if (beta := annealed(i / ITERATIONS)) is not None:
-            loss = loss + PENALTY * soft.regularization(beta)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    decide(soft, gram, weight.detach() @ gram, ITERATIONS)
     return soft.hard().reshape(weight.shape).to(weight.dtype)
 
 

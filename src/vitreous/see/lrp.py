@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..errors import VitreousError
 from ..relevance import Relevance, relevance
 from .patches import check_images, grid_of, on_grid
 
@@ -50,10 +51,13 @@ Map = Callable[[Relevance, tuple[int, int]], Tensor]
 def _in_parts(draw: Map, model: nn.Module, x: Tensor, target: int | Tensor | None, purpose: str) -> Tensor:
     check_images(x)
     anatomy, grid = grid_of(model, x, purpose)
-    each = isinstance(target, Tensor) and target.ndim == 1 and len(target) == len(x)
-    targets = target.split(BATCH) if each else [target] * len(x)  # type: ignore[union-attr]
-    parts = zip(x.split(BATCH), targets, strict=False)
-    found = (relevance(model, part, wanted, draw is _attribution, anatomy) for part, wanted in parts)
+    parts, targets = x.split(BATCH), [target] * -(-len(x) // BATCH)
+    if isinstance(target, Tensor) and target.ndim == 1:
+        if len(target) != len(x):  # before it is cut: a part of it could fit a part of the images
+            raise VitreousError(f"{purpose}: target must be one class or one for each of the {len(x)} images, not {len(target)}")
+        targets = list(target.split(BATCH))
+    each = zip(parts, targets, strict=True)
+    found = (relevance(model, part, wanted, draw is _attribution, anatomy) for part, wanted in each)
     return torch.cat([draw(part, grid) for part in found])
 
 
