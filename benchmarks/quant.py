@@ -4,11 +4,13 @@
     python benchmarks/quant.py photos --weights W.safetensors --photos FOLDER   # the same on photographs, and neighbours
     python benchmarks/quant.py bundled --data /usr/share/datasets/fashion-mnist # accuracy of the bundled model
     python benchmarks/quant.py cifar10 --weights W --head H --photos cifar10-jpeg   # of a ViT fine-tuned by tokens.py
+    python benchmarks/quant.py speed --weights W --data /usr/share/datasets/fashion-mnist   # what runs in integers, and its peers
 
 What is measured is kept in docs/results/quant-<what>.json, method by method: a run that was stopped goes on, and `--only` names
 the methods to measure. `dinov2` is the protocol of docs/quant.md: calibrated on the first 32 training images of Fashion-MNIST,
 tested on the first 100 test images, bicubic to 224 pixels, normalised as ImageNet; the error is the relative L2 distance of the
-class feature from that of the float model, mean over images. Needs `pip install -e ".[bench]"`.
+class feature from that of the float model, mean over images. `speed` is the same protocol,
+all models interleaved in one run. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import vitreous as vt
 from vitreous.data.fashion import fashion_arrays
 from vitreous.prove.machine import describe
 from vitreous.prove.statistics import paired_difference
-from vitreous.ship import ship
+from vitreous.ship import ship, ship_all
 
 DOCS = Path(__file__).parent.parent / "docs"
 BITS = ((8, 8), (6, 6), (4, 4))
@@ -213,6 +215,37 @@ def show(kept: dict[str, Any]) -> None:
             print(f"| {name} | {value(r)} | | | |")
 
 
+def speed(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) -> None:
+    """All that executes integers, ours and the peers', error and speed in one interleaved run."""
+    made = {"Auto": q.Auto(), "MinMax": q.MinMax(), "WeightOnly 8": q.WeightOnly(8), "WeightOnly 4": q.WeightOnly(4)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run: dict[str, Any] = {"torch fp32": model}
+        small = {what: step.apply(model, images) for what, step in made.items()}
+        for what, net in {"fp32": model, **small}.items():
+            file = folder / ("float" if what == "fp32" else what.replace(" ", "-"))
+            ship_all(net, [file.with_suffix(".onnx"), file.with_suffix(".xml")], example=images[:8])
+            run[f"{what}, ONNX Runtime"] = vt.Runtime(file.with_suffix(".onnx"), threads=a.threads)
+            run[f"{what}, OpenVINO"] = vt.Runtime(file.with_suffix(".xml"), threads=a.threads, precision="f32")
+        run["NNCF int8, OpenVINO"] = nncf_int8(folder / "float.onnx", images, a.threads)
+        run["ONNX Runtime's static int8"] = onnxruntime_static(folder / "float.onnx", images, a.threads)
+        run["torchao int8 dynamic, compiled"] = torch.compile(torchao_int8(model, True))
+        proof = vt.prove(run, (x, None), batches=(1, 16), seconds=a.seconds, threads=a.threads, seed=a.seed)
+    rows = []
+    for m in proof.models:
+        error = m.answers.features.mean if m.answers.features else 0.0
+        rows.append({"model": m.name, "error": error, "ms": [t.median for t in m.latency]})
+    stamp = (
+        f"{proof.images} test images, {proof.threads} threads, {proof.machine.get('cpu', '')}, {proof.date}, seed {proof.seed}"
+    )
+    content = {"stamp": stamp, "machine": proof.machine, "rows": rows}
+    (DOCS / "results" / "quant-speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{stamp}\n\n| | error | b1, ms | b16, ms an image | × b16 |\n|---|---|---|---|---|")
+    for r in rows:
+        b1, b16 = r["ms"][0], r["ms"][1]
+        print(f"| {r['model']} | {r['error']:.3f} | {b1:.1f} | {b16:.1f} | {rows[0]['ms'][1] / b16:.2f} |")
+
+
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
@@ -228,7 +261,7 @@ def dinov2(a: argparse.Namespace) -> nn.Module:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("dinov2", "photos", "bundled", "cifar10"))
+    p.add_argument("what", choices=("dinov2", "photos", "bundled", "cifar10", "speed"))
     p.add_argument("--data", default=None, help="folder with Fashion-MNIST's IDX files")
     p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names")
     p.add_argument("--head", type=Path, help="its fine-tuned weights, as benchmarks/tokens.py keeps them")
@@ -236,12 +269,17 @@ def main() -> None:
     p.add_argument("--test", type=int, default=None, help="test images; by default 100 (dinov2), 256 (photos), or all")
     p.add_argument("--only", nargs="*", help="parts of the names of what is to be measured")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--seconds", type=float, default=240.0, help="for timing (speed)")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    if a.what == "dinov2":
-        measure(dinov2(a), fashion_at_224("train", 32, a.data), fashion_at_224("test", a.test or 100, a.data), None, a)
+    if a.what in ("dinov2", "speed"):
+        model, images, x = dinov2(a), fashion_at_224("train", 32, a.data), fashion_at_224("test", a.test or 100, a.data)
+        if a.what == "speed":
+            speed(model, images, x, a)
+        else:
+            measure(model, images, x, None, a)
     elif a.what == "photos":
         model = dinov2(a)
         data = vt.data.open_data(a.photos, model, seed=a.seed)

@@ -51,6 +51,30 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_stopped_job_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    learned: list[int] = []
+    learn = vitreous.quant.weightonly.learned_rounding
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        learned.append(1)
+        return learn(*arguments)
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise vt.VitreousError("stopped here")
+
+    monkeypatch.setattr(vitreous.quant.weightonly, "learned_rounding", counted)
+    monkeypatch.setattr(vitreous.quant.weightonly, "ITERATIONS", 5)
+    monkeypatch.setattr(vitreous.cli.job, "ship_all", stopped)
+    steps = "WeightOnly(bits=4, rounding='learned')"
+    arguments = ["slim", "--limit", "8", "--calibrate", "4", "--steps", steps, "--resume", str(tmp_path / "kept")]
+    counts = []
+    for _ in range(2):
+        status, _, error = run(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"))
+        assert status and "stopped here" in error
+        counts.append(len(learned))
+    assert counts[0] > 0 and counts[1] == counts[0], "the second run must take what the first one made"
+
+
 def test_main_job_writes_everything(job: Path) -> None:
     assert {p.name for p in job.iterdir()} == WRITTEN
     assert not [p for p in job.parent.iterdir() if p != job], "nothing may be left beside the folder"

@@ -38,8 +38,9 @@ class Job:
         budget: float,
         limit: int | None,
         progress: Callable[[str, float], None],
+        resume: Path | None = None,
     ) -> None:
-        self.folder, self.source, self.seed, self.threads = folder, data, seed, threads
+        self.folder, self.source, self.seed, self.threads, self.resume = folder, data, seed, threads, resume
         self.budget, self.limit, self.progress = budget / 100, limit, progress
         self.notes: list[str] = []
 
@@ -71,7 +72,7 @@ class Job:
         images = self._calibration(net, calibrate, download)
         before = history_of(net).steps()
         if recipe:
-            options = {"the recipe": slim(net, recipe, images, self.progress)}
+            options = {"the recipe": slim(net, recipe, images, self.progress, self.resume)}
         else:
             chosen = self._tokens(net, data)
             int8 = slim(chosen, [quant.RepQ(weights=8, activations=8)], images, self.progress)

@@ -28,6 +28,7 @@ def slim(
     download: Annotated[bool, typer.Option(help="let torchvision download DATA")] = False,
     out: Annotated[Path | None, typer.Option(help="folder to write [default: vitreous-out, vitreous-out-2 …]")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
+    resume: Annotated[Path | None, typer.Option(help="folder where long steps keep what is finished, to go on from it")] = None,
     seed: Annotated[int, typer.Option(help="for calibration images and intervals")] = 0,
 ) -> None:
     """Make a vision transformer small and fast, prove it on data, and ship it."""
@@ -54,7 +55,7 @@ def slim(
                 tasks[what] = bar.add_task(what, total=1.0)
             bar.update(tasks[what], completed=share)
 
-        job = Job(folder, data, seed, threads, budget, limit, progress)
+        job = Job(folder, data, seed, threads, budget, limit, progress, resume)
         proof = job.run(model, chosen, calibrate, pretrained, checkpoint, download, extra)
     console.print(proof, width=max(console.width, 110))
     for line in job.notes:
