@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
+from vitreous import anatomy
 from vitreous.anatomy import Block as FoundBlock
 from vitreous.anatomy import mix, plain_forward, read
 from vitreous.errors import VitreousError
@@ -273,3 +276,56 @@ def test_a_slimmed_model_still_reads_as_plain(images: Tensor) -> None:
         small = slim(small_vit(depth=2), steps, images)
         found = read(small)
         assert found.plain and found.grid == (4, 4) and found.prefix == 1, str(found)
+
+
+class TestReadOnce:
+    """Blocks are tried only when something of the model is another than the last time."""
+
+    @pytest.fixture
+    def tried(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        tried: list[str] = []
+        real = anatomy._why_not_plain
+
+        def count(block: nn.Module, part: anatomy.AttentionPart) -> str:
+            tried.append(part.name)
+            return real(block, part)
+
+        monkeypatch.setattr(anatomy, "_why_not_plain", count)
+        return tried
+
+    def test_an_unchanged_model_is_tried_once(self, tried: list[str]) -> None:
+        model = small_vit(depth=2)
+        first = read(model)
+        model(torch.randn(1, 3, 32, 32))
+        assert read(model.train()) is first and len(tried) == 2 and read(small_vit(depth=2)) == first and len(tried) == 4
+
+    @pytest.mark.parametrize("change", ["block", "attribute", "forward", "weight", "tuple"])
+    def test_a_changed_one_again(self, tried: list[str], change: str) -> None:
+        model = small_vit(depth=2)
+        before = read(model)
+        block = model.blocks[1]
+        if change == "block":
+            model.blocks[1] = ResPostBlock(48, 3)
+        elif change == "attribute":
+            block.attn.scale = 0.5
+        elif change == "forward":
+            block.forward = lambda x: 2 * x
+        elif change == "weight":
+            nn.init.zeros_(block.attn.qkv.weight)
+        else:
+            model.patch_embed.grid_size = (2, 8)
+        after = read(model)
+        assert len(tried) == 4
+        assert after.blocks[1].plain == (change in ("weight", "tuple"))  # timm's fused attention has a scale of its own
+        assert (after.blocks[1].attention.scale == 0.5) == (change == "attribute")
+        assert (after.grid == (2, 8)) == (change == "tuple")
+        assert before.blocks[1].plain
+
+    def test_models_are_not_kept_alive(self) -> None:
+        model = small_vit(depth=1)
+        model.blocks[0].hold = model.forward  # a bound method, which holds the model
+        read(model)
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None

@@ -5,7 +5,7 @@ from .anatomy import read
 from .blocks import traced
 from .errors import VitreousError
 from .glass import glass
-from .prove import Proof, prove
+from .prove import Proof, faithfulness, prove
 from .ship import Runtime, Shipment, ship
 from .steps import Recipe, Step, slim
 from .store import load
@@ -21,6 +21,7 @@ __all__ = [
     "Step",
     "VitreousError",
     "data",
+    "faithfulness",
     "glass",
     "learn",
     "load",

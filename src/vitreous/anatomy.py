@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +112,39 @@ class Anatomy:
         return "\n".join(lines)
 
 
+_READ: WeakKeyDictionary[nn.Module, tuple[list[Any], Anatomy]] = WeakKeyDictionary()  # what it was read from, and the result
+
+
 def read(model: nn.Module) -> Anatomy:
-    """The anatomy of `model`; never fails on a model it does not know, but says less of it."""
+    """The anatomy of `model`; never fails on a model it does not know, but says less of it.
+
+    Trying blocks costs most of a forward pass, so a model is read again only when a module, a parameter or a plain attribute
+    of one of its modules is another than the last time.
+    """
+    state = _state(model)
+    known = _READ.get(model)
+    if known is None or known[0] != state:
+        known = _READ[model] = state, _read(model)
+    return known[1]
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """All that `_read` depends on, to compare with what it was; keeps nothing of the model alive."""
+    state: list[Any] = []
+    for name, module in model.named_modules():
+        held = {k: id(v) if callable(v) else v for k, v in vars(module).items() if k != "training" and _plain_value(v)}
+        state.append((name, ref(module), held))
+        state += [(id(p), None if p.is_inference() else p._version) for p in module.parameters(recurse=False)]
+    return state
+
+
+def _plain_value(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(isinstance(v, (str, int, float, type(None))) for v in value)
+    return isinstance(value, (str, int, float, type(None))) or (callable(value) and not isinstance(value, nn.Module))
+
+
+def _read(model: nn.Module) -> Anatomy:
     modules = dict(model.named_modules())
     names = attention_names(model)
     blocks, others = [], []

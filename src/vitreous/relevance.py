@@ -97,7 +97,7 @@ def relevance(
                 handle.remove()
             for m in training:
                 m.training = True
-        score, start = _start(out, target, anatomy.classifier is not None, anatomy.kind)
+        score, start = explained(out, target, anatomy)
         probs = list(tape.probs.values())
         slopes = torch.autograd.grad(score.sum(), probs, retain_graph=True) if gradients else ()
         tape.way.relevance = True
@@ -113,12 +113,16 @@ def relevance(
     )
 
 
-def _start(out: Any, target: int | Tensor | None, classifies: bool, kind: str) -> tuple[Tensor, Tensor]:
-    """The explained score `[B]`, and the relevance `[B, outputs]` with which its propagation begins."""
+def explained(out: Any, target: int | Tensor | None, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
+    """The score `[B]` that is explained, and the relevance `[B, outputs]` with which its propagation begins.
+
+    The logit of the target, by default of the predicted class; of a model without a classifier the squared norm of its
+    features, unless an index is given. Raises `VitreousError` for outputs that are no `[B, classes]`, and unknown targets.
+    """
     if not isinstance(out, Tensor) or out.ndim != 2:
         given = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise VitreousError(f"relevance explains scores [B, classes]; {kind} gives {given}")
-    if target is None and not classifies:
+        raise VitreousError(f"scores [B, classes] can be explained; {anatomy.kind} gives {given}: use see.rollout")
+    if target is None and anatomy.classifier is None:
         squares = out.detach().square()
         return out.square().sum(1), squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(out.dtype).tiny)
     index = torch.as_tensor(out.argmax(1) if target is None else target, device=out.device)
@@ -127,7 +131,7 @@ def _start(out: Any, target: int | Tensor | None, classifies: bool, kind: str) -
             f"target must be one class or one for each of the {len(out)} images, not {index.dtype} {list(index.shape)}"
         )
     if int(index.min()) < 0 or int(index.max()) >= out.shape[1]:
-        raise VitreousError(f"{kind} has classes 0 to {out.shape[1] - 1}: there is no target {target}")
+        raise VitreousError(f"{anatomy.kind} has classes 0 to {out.shape[1] - 1}: there is no target {target}")
     index = index.long().expand(len(out))[:, None]
     return out.gather(1, index)[:, 0], torch.zeros_like(out).scatter_(1, index, 1.0)
 

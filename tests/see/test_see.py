@@ -25,8 +25,13 @@ from vitreous.tokens import EViT, ToMe
 METHODS: dict[str, Callable[..., Tensor]] = {
     "attention": see.attention,
     "rollout": see.rollout,
+    "grad_rollout": see.grad_rollout,
     "grad_cam": see.grad_cam,
+    "grad_cam_pp": see.grad_cam_pp,
+    "layer_cam": see.layer_cam,
+    "eigen_cam": see.eigen_cam,
 }
+CAMS = (see.grad_cam, see.grad_cam_pp, see.layer_cam, see.eigen_cam)
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SAME = dict(atol=1e-6, rtol=1e-4)
 
@@ -170,7 +175,7 @@ def test_batches_frozen_weights_no_grad_kernels_and_repetition(
     model = make()
     heat = method(model, images)
     assert heat.shape == (6, 4, 4) and (heat >= 0).all() and not heat.requires_grad
-    assert (heat.flatten(1).max(1).values > 0).all() or method is see.grad_cam
+    assert (heat.flatten(1).max(1).values > 0).all() or method in CAMS
     torch.testing.assert_close(method(model, images[4:5])[0], heat[4], **SAME)
     assert torch.equal(method(model, images), heat)
     with torch.no_grad():
@@ -396,8 +401,19 @@ def test_quantized_models_are_explained_much_as_before(vit: nn.Module, images: T
         assert np.corrcoef(before.flatten(), after.flatten())[0, 1] > 0.95
 
 
-def test_a_model_without_classes_needs_a_target(images: Tensor) -> None:
+def test_a_model_without_classes_is_explained_by_its_features(images: Tensor) -> None:
     model = small_vit()
     model.reset_classifier(0)
-    refused("target=", lambda: see.grad_cam(model, images))
+    model.requires_grad_(False)
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        kept.append(out.requires_grad_())
+        return kept[0]
+
+    handle = model.blocks[-1].norm1.register_forward_hook(keep)
+    slopes = torch.autograd.grad(model(images).square().sum(), kept)[0][:, 1:]
+    handle.remove()
+    expected = (slopes.mean(1, keepdim=True) * kept[0][:, 1:]).sum(2).relu().view(6, 4, 4).detach()
+    torch.testing.assert_close(see.grad_cam(model, images), expected, atol=1e-5, rtol=1e-3)
     assert see.grad_cam(model, images, target=5).max() > 0

@@ -1,4 +1,4 @@
-"""The command line: `vitreous slim | see | anatomy | systems`. One small file a command."""
+"""The command line: `vitreous slim | see | faithful | heads | studio | anatomy | systems`. One small file a command."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import typer
 
 from ..errors import VitreousError
 from .anatomy import anatomy
+from .faithful import faithful
+from .heads import heads
 from .see import see
 from .slim import slim
+from .studio import studio
 from .systems import systems
 
 # typer carries its own copy of click, whose usage errors only this reaches
@@ -22,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (slim, see, anatomy, systems):
+for command in (slim, see, faithful, heads, studio, anatomy, systems):
     app.command()(command)
 
 

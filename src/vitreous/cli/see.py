@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,8 @@ def see(
     checkpoint: Annotated[Path | None, typer.Option(help="local weights for the timm name")] = None,
     pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
     img_size: Annotated[int | None, typer.Option(help="input size, where the model is to be built for another")] = None,
-    method: Annotated[str, typer.Option(help="rollout, attention or grad_cam")] = "rollout",
+    method: Annotated[str, typer.Option(help="one of vitreous.see.METHODS, such as grad_cam or lrp")] = "rollout",
+    target: Annotated[int | None, typer.Option(help="class to explain; the predicted one by default")] = None,
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
     tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
     out: Annotated[Path | None, typer.Option(help="PNG to write; beside the picture by default")] = None,
@@ -33,17 +35,19 @@ def see(
     from ..errors import VitreousError, nearest
     from ..models.dependencyvit import dependency_tree
     from ..prove.drawing import enlarge, overlay, survival
+    from ..see.methods import CLASSLESS
     from ..see.tree import draw_tree
 
-    methods = {"rollout": room.rollout, "attention": room.attention, "grad_cam": room.grad_cam}
-    if method not in methods:
-        raise VitreousError(f"unknown method '{method}'{nearest(method, methods) or ': choose ' + ', '.join(methods)}")
+    if method not in room.METHODS:
+        raise VitreousError(f"unknown method '{method}'{nearest(method, room.METHODS) or ': choose ' + ', '.join(room.METHODS)}")
+    if target is not None and method in CLASSLESS:
+        raise VitreousError(f"{method} shows the same whatever the class: leave --target out, or choose another --method")
     if tokens and tree:
         raise VitreousError("--tokens and --tree draw different pictures: choose one")
     drawn = "tokens" if tokens else "tree" if tree else method
-    target = out or image.with_name(f"{image.stem}.{drawn}.png")
-    if target.exists() and not overwrite:
-        raise VitreousError(f"{target} exists: give another --out, or --overwrite")
+    file = out or image.with_name(f"{image.stem}.{drawn}.png")
+    if file.exists() and not overwrite:
+        raise VitreousError(f"{file} exists: give another --out, or --overwrite")
     sized = {"img_size": img_size} if img_size else {}
     net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **sized)
     prepared = preparation(net)
@@ -66,7 +70,7 @@ def see(
         embed: Any = net.get_submodule("patch_embed")
         panels.append(draw_tree(panels[0], parents, embed.grid_size))
     else:
-        heat = methods[method](net, x)[0].numpy()
+        heat = room.METHODS[method](net, x, target)[0].numpy()
         panels.append(overlay(shown, heat, (0.0, float(heat.max()))))
     sheet = Image.new("RGBA", (sum(p.width for p in panels) + 8 * (len(panels) - 1), panels[0].height), "white")
     left = 0
@@ -75,8 +79,10 @@ def see(
         left += p.width + 8
     buffer = io.BytesIO()
     sheet.convert("RGB").save(buffer, "PNG")
-    store.write_whole(target, buffer.getvalue())
+    store.write_whole(file, buffer.getvalue())
     if logits.shape[-1] == getattr(net, "num_classes", 0):
         best = logits[0].softmax(-1)
         print(f"class {int(best.argmax())}, probability {float(best.max()):.3f}")
-    print(f"{drawn} written to {target}")
+    print(f"{drawn} written to {file}")
+    if not tokens and not tree and (failed := room.warning(method)):
+        print(f"caution: {failed}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from .answers import Answers, Changed, ClassChange, FeatureError, Guess
 from .cost import Cost
 from .drift import Drift
+from .faithfulness import Faithfulness, faithfulness
 from .latency import Latency, interleave
 from .proof import Measured, Proof, prove
 from .report import Picture, write_report
@@ -15,6 +16,7 @@ __all__ = [
     "ClassChange",
     "Cost",
     "Drift",
+    "Faithfulness",
     "FeatureError",
     "Guess",
     "Interval",
@@ -23,6 +25,7 @@ __all__ = [
     "Picture",
     "Proof",
     "Verdict",
+    "faithfulness",
     "interleave",
     "prove",
     "verdict",

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from ..blocks import traced
 from ..errors import VitreousError
-from ..glass import glass
-from .patches import before, class_row, grid_of, on_grid, places, run, shares, still
+from .look import Query, look
 
 
 def attention(
@@ -18,7 +15,7 @@ def attention(
     x: Tensor,
     layer: int | None = None,
     heads: Literal["mean"] | int = "mean",
-    query: Literal["class"] | int = "class",
+    query: Query = "class",
 ) -> Tensor:
     """Heatmaps `[B, h, w]`: the attention that one token pays to the patches in one layer.
 
@@ -39,36 +36,12 @@ def attention(
     Raises `VitreousError` for unknown layers, heads or patches, and for layers that do not attend over the whole grid
     (windows).
     """
-    anatomy, (h, w) = grid_of(model, x, "see.attention")
-    with (
-        torch.no_grad(),
-        still(model),
-        traced(model) as trace,
-        glass(model, layers=[-1 if layer is None else layer]) as g,
-    ):
-        run(model, x)
-    if not g.attention or g.attention[-1].ndim != 4:
-        raise VitreousError(f"the attention of {anatomy.kind}'s layer {layer} was not seen: use see.grad_cam")
-    name, a = g.views[-1].name, g.attention[-1].float()
-    done = before(trace, anatomy, next((b.name for b in anatomy.blocks if b.attention.name == name), name))
-    # The class token of CaiT is no prefix: it joins the patches after their blocks.
-    prefix = anatomy.prefix if done else a.shape[3] - h * w
-    left = done[-1].tokens if done else prefix + h * w
-    whole = len(a) == len(x) and a.shape[3] == left and a.shape[2] in (1, left)
-    if not whole or prefix not in (anatomy.prefix, int(anatomy.class_token)):
-        raise VitreousError(
-            f"layer '{name}' of {anatomy.kind} attends over {a.shape[3]} tokens (windows, pooling or channels), "
-            f"not over its {h} × {w} patches: use see.grad_cam"
-        )
-    if heads != "mean" and not -a.shape[1] <= heads < a.shape[1]:
-        raise VitreousError(f"layer '{name}' has heads 0 to {a.shape[1] - 1}, there is no head {heads}")
-    a = a.mean(1) if heads == "mean" else a[:, heads]  # [B, queries, tokens]
-    pooling = a.shape[1] < left
-    if query == "class":
-        row = a[:, 0] if class_row(anatomy) or pooling else a[:, prefix:].mean(1)
-    elif pooling or not 0 <= query < h * w:
-        raise VitreousError(f"layer '{name}' has no query {query}: choose 'class' or, in a block, 0 to {h * w - 1}")
-    else:
-        at = places(done, x, prefix + h * w)[-1][:, prefix + query]
-        row = a[torch.arange(len(a)), at.clamp_min(0)] * (at >= 0)[:, None]
-    return on_grid((row[:, None] @ shares(done, row, prefix + h * w))[:, 0], (h, w))
+    found = look(model, x, [-1 if layer is None else layer], "see.attention")
+    if not found.layers:
+        raise VitreousError(f"the attention of {type(model).__name__}'s layer {layer} was not seen: use see.grad_cam")
+    maps, name = found.layers[-1].maps(query), found.layers[-1].name
+    if heads == "mean":
+        return maps.mean(1)
+    if not -maps.shape[1] <= heads < maps.shape[1]:
+        raise VitreousError(f"layer '{name}' has heads 0 to {maps.shape[1] - 1}, there is no head {heads}")
+    return maps[:, heads]

@@ -31,7 +31,7 @@ def transformer_attribution(model: nn.Module, x: Tensor, target: int | Tensor | 
     Costs some six forward passes. Raises `VitreousError` for models whose blocks are not plain or shorten the sequence, and
     for unknown targets.
     """
-    return _in_parts(_attribution, model, x, target, "see.transformer_attribution")
+    return in_parts(_attribution, model, x, target, "see.transformer_attribution")
 
 
 def lrp(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tensor:
@@ -42,13 +42,13 @@ def lrp(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tens
     the prefix tokens and the position embedding. Costs some five forward passes; arguments and errors as in
     `transformer_attribution`. For single pixels use `vitreous.relevance.relevance`.
     """
-    return _in_parts(_pixels, model, x, target, "see.lrp")
+    return in_parts(_pixels, model, x, target, "see.lrp")
 
 
 Map = Callable[[Relevance, tuple[int, int]], Tensor]
 
 
-def _in_parts(draw: Map, model: nn.Module, x: Tensor, target: int | Tensor | None, purpose: str) -> Tensor:
+def in_parts(draw: Map, model: nn.Module, x: Tensor, target: int | Tensor | None, purpose: str) -> Tensor:
     check_images(x)
     anatomy, grid = grid_of(model, x, purpose)
     parts, targets = x.split(BATCH), [target] * -(-len(x) // BATCH)

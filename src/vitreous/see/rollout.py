@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import traced
+from ..anatomy import Anatomy
+from ..blocks import Reduction, traced
 from ..errors import VitreousError
 from ..glass import glass
 from .patches import class_row, grid_of, on_grid, run, still
@@ -36,31 +38,43 @@ def rollout(model: nn.Module, x: Tensor, fuse: Literal["mean", "max", "min"] = "
     """
     if fuse not in FUSE:
         raise VitreousError(f"see.rollout cannot fuse heads by {fuse!r}: choose mean, max or min")
-    if not 0 <= discard < 1:
-        raise VitreousError(f"see.rollout: discard must lie in [0, 1), not {discard}")
-    anatomy, (h, w) = grid_of(model, x, "see.rollout")
-    block_of = {b.attention.name: b.name for b in anatomy.blocks}
+    anatomy, grid = grid_of(model, x, "see.rollout")
     with torch.no_grad(), still(model), traced(model) as trace, glass(model, reduce=FUSE[fuse]) as g:
         run(model, x)
-    if not g.views:
+    layers = [(v.name, v.attention.float()) for v in g.views if v.attention is not None]
+    return multiply(x, layers, trace, anatomy, grid, discard, "see.rollout")
+
+
+def multiply(
+    x: Tensor,
+    layers: Sequence[tuple[str, Tensor]],
+    trace: Sequence[Reduction],
+    anatomy: Anatomy,
+    grid: tuple[int, int],
+    discard: float,
+    purpose: str,
+) -> Tensor:
+    """Heatmaps `[B, h, w]`: the product over the `layers`, a name and `[B, N, N]` each, of row-normalised map plus identity."""
+    if not 0 <= discard < 1:
+        raise VitreousError(f"{purpose}: discard must lie in [0, 1), not {discard}")
+    if not layers:
         raise VitreousError(f"no attention of {anatomy.kind} was seen while it ran: use see.grad_cam")
+    block_of = {b.attention.name: b.name for b in anatomy.blocks}
     # Only one row of the product is wanted, so it is taken from the last layer to the first: vectors times matrices.
-    tokens = trace[-1].tokens if trace else anatomy.prefix + h * w
+    tokens = trace[-1].tokens if trace else anatomy.prefix + grid[0] * grid[1]
     row = torch.zeros(len(x), 1, tokens, device=x.device)
     if class_row(anatomy):
         row[..., 0] = 1
     else:
         row[..., anatomy.prefix :] = 1 / (tokens - anatomy.prefix)
-    for view in reversed(g.views):
-        assert view.attention is not None
-        a = view.attention.float()
-        for r in reversed([r for r in trace if r.layer == block_of.get(view.name)]):
+    for name, a in reversed(layers):
+        for r in reversed([r for r in trace if r.layer == block_of.get(name)]):
             row = row @ r.matrix().float()
             tokens = r.into.shape[1]
-        pooling = view.name not in block_of  # without a residual around it, and of few queries
+        pooling = name not in block_of  # without a residual around it, and of few queries
         if a.ndim != 3 or len(a) != len(x) or a.shape[2] != tokens or (a.shape[1] != tokens and not pooling):
             raise VitreousError(
-                f"see.rollout multiplies attention over one sequence of tokens; layer '{view.name}' of {anatomy.kind} "
+                f"{purpose} multiplies attention over one sequence of tokens; layer '{name}' of {anatomy.kind} "
                 f"attends {' × '.join(map(str, a.shape[1:]))} where {tokens} tokens are (windows, pooling, channels): "
                 "use see.grad_cam"
             )
@@ -69,7 +83,7 @@ def rollout(model: nn.Module, x: Tensor, fuse: Literal["mean", "max", "min"] = "
             continue
         a = _discard(a, discard, anatomy.prefix) + torch.eye(tokens, device=a.device)
         row = row @ (a / a.sum(-1, keepdim=True))
-    return on_grid(row[:, 0], (h, w))
+    return on_grid(row[:, 0], grid)
 
 
 def _discard(a: Tensor, share: float, prefix: int) -> Tensor:

@@ -1,8 +1,10 @@
-"""Grad-CAM: which places raise the score of a class."""
+"""What class activation maps are made of: the activations of one layer, place by place, and the score's gradients there."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,28 +13,25 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, read
 from ..blocks import Reduction, traced
 from ..errors import VitreousError, nearest
+from ..relevance import explained
 from .patches import check_images, grid_of, on_grid, painting, run, still
 
 
-def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, layer: int | str | None = None) -> Tensor:
-    """Heatmaps `[B, h, w]`: how much each place in a layer raises the score of the target class.
+@dataclass(frozen=True)
+class Places:
+    """A layer's places, row by row, without class and register tokens."""
 
-    Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization" (ICCV 2017),
-    eq. 1 and 2: channels weighted by their gradient's mean over places, summed, negative values cut; not scaled. In a
-    transformer the places are the patch tokens that enter the last block's attention (its `norm1`): after it a class
-    token is all that counts, and the gradient at the patches is zero. In hierarchical and convolutional models they
-    are the last stage's output.
+    values: Tensor  # [B, C, n]
+    slopes: Tensor  # [B, C, n]: the gradients of the explained score; zeros when they were not asked for
+    draw: Callable[[Tensor], Tensor]  # a value for each place [B, n] to heatmaps [B, h, w]; what is negative becomes 0
+
+
+def places(model: nn.Module, x: Tensor, target: int | Tensor | None, layer: int | str | None, gradients: bool = True) -> Places:
+    """The places of a layer for images `x` `[B, C, H, W]`; `target` and `layer` as in `cam.grad_cam`.
 
     In a model slimmed by token steps, a token's value is painted on all patches in it; patches that were given up get
     their share of the token that gathers them, or 0. Frozen weights, `torch.no_grad` and `torch.inference_mode` do not
     matter; parameters receive no gradients.
-
-    Args:
-        x: images `[B, C, H, W]`.
-        target: class index for all images, or `[B]`; the predicted class by default. A model without classes needs the
-            index of one of its features.
-        layer: number of an attention block, whose attention's input is taken, or the dotted name of any module, whose
-            output is.
 
     Raises `VitreousError` for unknown layers or targets, and when no gradient reaches the layer's places.
     """
@@ -48,8 +47,8 @@ def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, la
             first = next((v for v in values if isinstance(v, Tensor)), None)
             if first is None:
                 raise VitreousError(f"layer '{name}' of {anatomy.kind} gives no single map of places: use another layer=")
-            torch.set_grad_enabled(True)
-            leaf = first.detach().requires_grad_()
+            torch.set_grad_enabled(gradients)
+            leaf = first.detach().requires_grad_(gradients)
             seen.append((leaf, len(trace)))
             return [leaf if v is first else v for v in values]
 
@@ -71,22 +70,24 @@ def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, la
         if not seen:
             raise VitreousError(f"the layer '{name}' of {anatomy.kind} did not run: use another layer=")
         leaf, count = seen[-1]
-        score = _score(getattr(out, "logits", out), target, anatomy, len(x))
-        gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
+        gradient = None
+        if gradients:
+            score = explained(getattr(out, "logits", out), target, anatomy)[0].sum()
+            gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
     values = leaf.detach().float()
     slopes = torch.zeros_like(values) if gradient is None else gradient.float()
     if values.ndim == 4:
-        maps = _on_map(values, slopes, x)
+        found = _on_map(values, slopes, x)
     elif values.ndim == 3:
-        maps = _on_tokens(model, x, anatomy, values, slopes, trace[:count], name)
+        found = _on_tokens(model, x, anatomy, values, slopes, trace[:count], name)
     else:
         raise VitreousError(f"layer '{name}' of {anatomy.kind} gives {list(values.shape)}, no places: use another layer=")
-    if maps is None:
+    if gradients and not found.slopes.any():
         raise VitreousError(
             f"no gradient reaches the places of layer '{name}' in {anatomy.kind}: it lies after the last attention, or "
             "the head is all zero. Use an earlier layer=, or see.rollout"
         )
-    return maps.relu()
+    return found
 
 
 def _find(model: nn.Module, anatomy: Anatomy, layer: int | str | None) -> tuple[str, bool]:
@@ -110,28 +111,7 @@ def _find(model: nn.Module, anatomy: Anatomy, layer: int | str | None) -> tuple[
     raise VitreousError(f"{anatomy.kind} does not tell its last stage: give layer=, the name of a module, as in 'layer4'")
 
 
-def _score(logits: Any, target: int | Tensor | None, anatomy: Anatomy, images: int) -> Tensor:
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise VitreousError(f"see.grad_cam needs scores [B, classes]; {anatomy.kind} gives {given}: use see.rollout")
-    if target is None:
-        if anatomy.classifier is None:
-            raise VitreousError(
-                f"{anatomy.kind} has no classifier that predicts a class: give target=, the index of an output, or use "
-                "see.rollout"
-            )
-        target = logits.argmax(1)
-    index = torch.as_tensor(target, device=logits.device)
-    if index.is_floating_point() or index.ndim > 1 or (index.ndim == 1 and len(index) != images):
-        raise VitreousError(
-            f"target must be one class or one for each of the {images} images, not {index.dtype} {list(index.shape)}"
-        )
-    if int(index.min()) < 0 or int(index.max()) >= logits.shape[1]:
-        raise VitreousError(f"{anatomy.kind} has classes 0 to {logits.shape[1] - 1}: there is no target {target}")
-    return logits.gather(1, index.long().expand(images)[:, None]).sum()
-
-
-def _on_map(values: Tensor, slopes: Tensor, x: Tensor) -> Tensor | None:
+def _on_map(values: Tensor, slopes: Tensor, x: Tensor) -> Places:
     """`[B, C, h, w]`, or channels last: whichever has the proportions of the image."""
 
     def askew(h: int, w: int) -> float:
@@ -140,18 +120,19 @@ def _on_map(values: Tensor, slopes: Tensor, x: Tensor) -> Tensor | None:
     _, a, b, c = values.shape
     if askew(a, b) < askew(b, c):
         values, slopes = values.movedim(3, 1), slopes.movedim(3, 1)
-    return (slopes.mean((2, 3), keepdim=True) * values).sum(1) if slopes.any() else None
+    grid = values.shape[2:]
+    return Places(values.flatten(2), slopes.flatten(2), lambda cam: cam.unflatten(1, grid).relu())
 
 
 def _on_tokens(
     model: nn.Module, x: Tensor, anatomy: Anatomy, values: Tensor, slopes: Tensor, done: list[Reduction], name: str
-) -> Tensor | None:
+) -> Places:
     if anatomy.grid is None:  # a later stage's tokens: their grid has the proportions of the image
         n = values.shape[1] - anatomy.prefix
         h = max(round(math.sqrt(n * x.shape[2] / x.shape[3])), 1)
         w = n // h
     else:
-        _, (h, w) = grid_of(model, x, "see.grad_cam on tokens")
+        _, (h, w) = grid_of(model, x, "a class activation map on tokens")
     tokens = done[-1].tokens if done else values.shape[1]
     # The class token of CaiT is no prefix: it joins the patches after their blocks.
     prefix = anatomy.prefix if done else tokens - h * w
@@ -159,9 +140,9 @@ def _on_tokens(
         raise VitreousError(
             f"layer '{name}' of {anatomy.kind} gives {values.shape[1]} tokens for {h} × {w} patches: use another layer="
         )
-    if not slopes[:, prefix:].any():
-        return None
-    weights = slopes[:, prefix:].sum(1, keepdim=True) / (h * w)
-    cam = (weights * values).sum(2)
-    cam[:, :prefix] = 0
-    return on_grid((cam[:, None] @ painting(done, cam, prefix + h * w))[:, 0], (h, w))
+
+    def draw(cam: Tensor) -> Tensor:
+        whole = torch.cat([cam.new_zeros(len(cam), prefix), cam], 1)
+        return on_grid((whole[:, None] @ painting(done, whole, prefix + h * w))[:, 0], (h, w)).relu()
+
+    return Places(values[:, prefix:].mT, slopes[:, prefix:].mT, draw)

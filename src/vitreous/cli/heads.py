@@ -1,0 +1,135 @@
+"""`vitreous heads`: which heads matter, how far they look, and what patterns they have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def heads(
+    model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None,
+    data: Annotated[str, typer.Option(help="sample, fashion-mnist, cifar10, or a folder of pictures")] = "sample",
+    limit: Annotated[int | None, typer.Option(min=1, help="look at the first N images only [default: 256]")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="local weights for the timm name")] = None,
+    pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
+    img_size: Annotated[int | None, typer.Option(min=1, help="input size, where the model is to be built for another")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write one row a head as CSV")] = None,
+    json: Annotated[Path | None, typer.Option(help="write one row a head as JSON")] = None,
+    parquet: Annotated[Path | None, typer.Option(help="write one row a head as Parquet; needs pyarrow")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace those files if they exist")] = False,
+    seed: Annotated[int, typer.Option(help="for the order of a folder, the intervals and the autoencoder")] = 0,
+) -> None:
+    """Show every attention head of a model over a data set: importance, distance, entropy, pattern."""
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from .. import store
+    from ..data import open_data
+    from ..errors import VitreousError
+    from ..see.distance import distance
+    from ..see.head_importance import head_importance
+    from ..see.patterns import patterns
+    from ..work import Work, working
+
+    targets = {kind: path for kind, path in (("csv", csv), ("json", json), ("parquet", parquet)) if path is not None}
+    for target in targets.values():
+        if target.exists() and not overwrite:
+            raise VitreousError(f"{target} exists: give another name, or --overwrite")
+        if not target.parent.is_dir():
+            raise VitreousError(f"cannot write {target}: there is no folder {target.parent}")
+    if parquet is not None:
+        _pyarrow()
+    net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **({"img_size": img_size} if img_size else {}))
+    pictures = open_data(data, net, limit=limit or 256, seed=seed)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    found: list[Any] = []
+    watched = Console(stderr=True)
+    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as bar:
+        for what, analysis in (("importance", head_importance), ("distance", distance), ("patterns", patterns)):
+            task = bar.add_task(what, total=1.0)
+            with working(Work(lambda share, task=task: bar.update(task, completed=share))):
+                found.append(analysis(net, pictures, seed=seed))
+    importance, far, pattern = found
+
+    console = Console()
+    console.print(f"{type(net).__name__}, {len(pictures)} images of {pictures.name}", highlight=False)
+    by = "loss" if "loss" in importance.metrics else "output"
+    console.print(_matrix(f"importance: what removing the head adds to '{by}'", importance.values[importance.metrics.index(by)]))
+    console.print(_matrix("mean attention distance, pixels", far.measures[0]))
+    console.print(_matrix("entropy of attention, nats", far.measures[1]))
+    console.print(_matrix("pattern", pattern.labels))
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in pattern.shares.items())
+    console.print(f"patterns: {shares}", highlight=False)
+    taus = importance.agreement[np.triu_indices(len(importance.metrics), 1)]
+    if len(taus):
+        console.print(f"agreement of the metrics of importance, Kendall's τ: {np.nanmin(taus):.2f} to {np.nanmax(taus):.2f}")
+    if importance.why_not:
+        console.print(f"one pass a head: {importance.why_not}", highlight=False)
+
+    merged = {(r["layer"], r["head"]): r for r in importance.rows()}
+    for r in (*far.rows(), *pattern.rows()):
+        merged[r["layer"], r["head"]] |= r
+    for kind, target in targets.items():
+        store.write_whole(target, _written(kind, list(merged.values())))
+        console.print(f"written to {target}", highlight=False)
+
+
+def _matrix(title: str, values: Any) -> Any:
+    """A table of layers by heads: numbers in colours from the least (blue) to the most (red), or words."""
+    import numpy as np
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer", justify="right")
+    for head in range(values.shape[1]):
+        table.add_column(f"head {head}", justify="right")
+    words = values.dtype == object
+    ranks = None if words else np.argsort(np.argsort(values, axis=None)).reshape(values.shape) / max(1, values.size - 1)
+    colours = ("blue", "cyan", "green", "yellow", "red")
+    for layer, row in enumerate(values):
+        cells = []
+        for head, value in enumerate(row):
+            if words:
+                cells.append(value)
+            elif np.isnan(value):
+                cells.append("–")
+            else:
+                assert ranks is not None
+                cells.append(f"[{colours[min(4, int(5 * ranks[layer, head]))]}]{value:.3g}[/]")
+        table.add_row(str(layer), *cells)
+    return table
+
+
+def _written(kind: str, rows: list[dict[str, Any]]) -> bytes:
+    import csv
+    import io
+    import json
+    import math
+
+    if kind == "json":
+        plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows]
+        return json.dumps(plain, indent=1).encode()
+    if kind == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+    arrow, parquet = _pyarrow()
+    held = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist(rows), held)
+    return held.getvalue()
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    from ..errors import VitreousError
+
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise VitreousError("--parquet needs pyarrow: python -m pip install 'vitreous[parquet]'") from None
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,196 @@
+"""Which heads matter: what is lost without each, and what gradients say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..anatomy import Anatomy, read
+from ..errors import VitreousError, nearest
+from ..glass import glass
+from ..work import tick
+from .ablation import why_one_by_one, without_each_head
+from .patches import run, still
+from .stream import Images, Means, batches, interval, side_by_side
+
+ABLATED = ("loss", "accuracy", "output")
+GRADIENTS = ("taylor", "gradient_attention")
+
+
+@dataclass(frozen=True)
+class HeadImportance:
+    """How much each head matters, by each metric; `[metrics, layers, heads]`, NaN for heads that a layer does not have.
+
+    Heads are numbered as the model has them now: where pruning removed some, those that are left move up.
+    """
+
+    images: int
+    layers: tuple[str, ...]
+    """Dotted names of the attention modules."""
+    metrics: tuple[str, ...]
+    values: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    agreement: np.ndarray
+    """`[metrics, metrics]`: Kendall's τ-b of two metrics' ranking of all heads, and its 95 % interval over images."""
+    agreement_low: np.ndarray
+    agreement_high: np.ndarray
+    shared: bool
+    """Whether the ablations shared their prefix."""
+    why_not: str
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a head: layer, head, and each metric with the ends of its interval."""
+        rows = []
+        for layer, name in enumerate(self.layers):
+            for head in range(self.values.shape[2]):
+                if np.isnan(self.values[:, layer, head]).all():
+                    continue
+                row: dict[str, Any] = {"layer": layer, "name": name, "head": head}
+                for m, metric in enumerate(self.metrics):
+                    row[metric] = float(self.values[m, layer, head])
+                    row[f"{metric}_low"] = float(self.low[m, layer, head])
+                    row[f"{metric}_high"] = float(self.high[m, layer, head])
+                rows.append(row)
+        return rows
+
+
+def head_importance(
+    model: nn.Module,
+    images: Images,
+    labels: Tensor | None = None,
+    metrics: Sequence[str] | None = None,
+    batch: int = 8,
+    seed: int = 0,
+) -> HeadImportance:
+    """The importance of every head of `model`'s blocks over a data set, by pruning and by gradients, and how far they agree.
+
+    After "How Does Attention Work in Vision Transformers? A Visual Analytics Attempt" (Li et al., 2023), whose abstract asks
+    for multiple pruning-based metrics; which ones is our choice:
+
+    - "loss": cross-entropy without the head minus with it. Positive where the head helps.
+    - "accuracy": the share of images that are right with the head, minus without.
+    - "output": Kullback-Leibler divergence of the class probabilities without the head from those with it, in nats; for a
+      model without classes, the distance |f − f'| / |f| of its features.
+    - "taylor": |∂L/∂ξ| at ξ = 1, where ξ scales what the head gives (Michel et al., 2019, section 4.1, not normalised).
+    - "gradient_attention": Σ |A ⊙ ∂L/∂A| over queries and keys. Its signed sum is ∂L/∂ξ, so it is never below "taylor".
+
+    Each is a mean over images. L is the cross-entropy with `labels`; without labels, with the model's own answers, and
+    "accuracy" is then agreement with them. A model without classes has "output", and gradients of its feature along a random
+    direction, one for each image.
+
+    Removing a head zeroes what it gives before the output projection. All heads of a block share what comes before them, in
+    models of plain blocks that keep all their tokens, unquantized; others take one pass a head (`shared`, `why_not`).
+
+    Args:
+        images: `[N, C, H, W]`, or a data set of `vt.data`, whose labels are used; `labels` `[N]` go with a tensor.
+        metrics: all that apply by default.
+        batch: images at a time. Gradients keep all activations of a batch.
+
+    Raises `VitreousError` for unknown metrics, a model without attention in blocks, labels that do not fit, and gradients of
+    a model whose probabilities cannot be differentiated (`nn.MultiheadAttention`).
+    """
+    anatomy = read(model)
+    if not anatomy.blocks:
+        raise VitreousError(f"see.head_importance ranks attention heads, and {anatomy.kind} has none in its blocks")
+    classes = anatomy.classifier is not None
+    possible = (*ABLATED, *GRADIENTS) if classes else ("output", *GRADIENTS)
+    chosen = tuple(dict.fromkeys(possible if metrics is None else metrics))
+    if wrong := [m for m in chosen if m not in possible]:
+        raise VitreousError(f"no importance metric {wrong[0]!r} here{nearest(wrong[0], possible)}: {', '.join(possible)}")
+    if not chosen:
+        raise VitreousError(f"see.head_importance needs at least one of {', '.join(possible)}")
+    why_not = why_one_by_one(model, anatomy)
+    means, directions = Means(seed), torch.Generator().manual_seed(seed)
+    with still(model):
+        for x, y in batches(images, labels, batch, model):
+            found = _measure(model, x, y if classes else None, anatomy, chosen, classes, not why_not, directions)
+            means.add(torch.stack([found[m] for m in chosen], 1))
+            tick(min(1.0, means.n / len(images)))
+    values, drawn = means.mean(), means.resamples()
+    low, high = interval(drawn)
+    exist = ~np.isnan(values[0])
+    taus = np.stack([kendall(v[:, exist]) for v in drawn])
+    return HeadImportance(
+        means.n, tuple(b.attention.name for b in anatomy.blocks), chosen, values, low, high,
+        kendall(values[:, exist]), *interval(taus), not why_not, why_not,
+    )  # fmt: skip
+
+
+def kendall(values: np.ndarray) -> np.ndarray:
+    """Kendall's τ-b `[M, M]` between M rankings of n things, `[M, n]`; NaN with a constant one."""
+    first, second = np.triu_indices(values.shape[1], 1)
+    order = np.sign(values[:, first] - values[:, second])
+    untied = np.sqrt((order**2).sum(1))
+    with np.errstate(invalid="ignore"):
+        return order @ order.T / np.outer(untied, untied)
+
+
+def _measure(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    anatomy: Anatomy,
+    metrics: Sequence[str],
+    classes: bool,
+    shared: bool,
+    directions: torch.Generator,
+) -> dict[str, Tensor]:
+    """For each metric `[B, layers, heads]`, NaN where there is no head."""
+    found: dict[str, Tensor] = {}
+    if set(metrics) & set(GRADIENTS):
+        found |= _gradients(model, x, y, anatomy, classes, directions)
+    if set(metrics) & set(ABLATED):
+        out, removed = without_each_head(model, x, anatomy, shared)
+        y = out.argmax(1) if y is None and classes else y
+        layers = [_lost(out, without, y) for without in removed]
+        found |= {m: side_by_side([layer[m] for layer in layers]) for m in layers[0]}
+    return found
+
+
+def _lost(out: Tensor, without: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    """Each metric `[B, heads]`, from the outputs `[B, K]` of the model and `[heads, B, K]` without each head."""
+    if y is None:
+        return {"output": ((without - out).norm(dim=-1) / out.norm(dim=-1).clamp_min(1e-12)).T}
+    before, after = out.log_softmax(-1), without.log_softmax(-1)
+    truth = y.expand(len(after), -1)[..., None]
+    return {
+        "loss": (before.gather(1, y[:, None]) - after.gather(2, truth)[..., 0].T),
+        "accuracy": (out.argmax(1) == y).float()[:, None] - (without.argmax(2) == y).float().T,
+        "output": F.kl_div(after, before.expand_as(after), reduction="none", log_target=True).sum(-1).T,
+    }
+
+
+def _gradients(
+    model: nn.Module, x: Tensor, y: Tensor | None, anatomy: Anatomy, classes: bool, directions: torch.Generator
+) -> dict[str, Tensor]:
+    names = [b.attention.name for b in anatomy.blocks]
+    # The images ask for gradients, so that a frozen model has them too; its weights' are never computed.
+    with torch.inference_mode(False), torch.enable_grad(), glass(model, layers=names, grad=True) as g:
+        out = run(model, x.clone().requires_grad_())
+        if classes:
+            loss = F.cross_entropy(out, out.argmax(1) if y is None else y, reduction="sum")
+        else:
+            way = F.normalize(torch.randn(out.shape, generator=directions).flatten(1), dim=1).view_as(out)
+            loss = (way.to(out) * out).sum()
+        maps = [a for name in names if (a := g[name].attention) is not None]
+        try:
+            gradients = torch.autograd.grad(loss, maps)
+        except RuntimeError:
+            raise VitreousError(
+                f"the attention of {anatomy.kind} cannot be differentiated (nn.MultiheadAttention hides its probabilities): "
+                f"choose metrics among {', '.join(ABLATED)}"
+            ) from None
+    if any(a.ndim != 4 or len(a) != len(x) for a in maps):
+        raise VitreousError(f"{anatomy.kind} attends in windows: choose metrics among {', '.join(ABLATED)}")
+    products = [(a * d).detach().float() for a, d in zip(maps, gradients, strict=True)]
+    return {
+        "taylor": side_by_side([p.sum((2, 3)).abs() for p in products]),
+        "gradient_attention": side_by_side([p.abs().sum((2, 3)) for p in products]),
+    }

@@ -1,0 +1,1 @@
+"""The studio: a web page on this machine in which attention is looked at, model by model."""

@@ -1,0 +1,112 @@
+"""The model view: what every open model costs and answers; a recipe applied, watched, cancelled, downloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nicegui import ui
+
+from ..steps import Recipe
+from . import apart
+from .opened import Opened, Source
+from .parts import Rows, exports, guarded, heading
+from .running import Running
+from .session import Session
+
+FILES = {
+    "model.safetensors": "the slimmed model, for vt.load",
+    "model.onnx": "for ONNX Runtime",
+    "model.xml": "for OpenVINO",
+    "model.bin": "the weights of model.xml",
+    "report.html": "the proof, for people",
+    "proof.json": "the proof, for programs",
+}
+EXAMPLES = ["EViT(keep=0.7)", "EViT(keep=0.7), RepQ()", "ToMe(r=8)", "Auto()", "WeightOnly(bits=4)"]
+
+
+def models_view(session: Session) -> None:
+    rows: Rows = []
+    with ui.column().classes("studio-card gap-3 w-full"):
+        with ui.row().classes("w-full items-center gap-3"):
+            heading("Open models")
+            ui.space()
+            exports("models", lambda: rows)
+        table = ui.table(rows=[], columns=[], row_key="model").classes("w-full").props("flat dense")
+        work = Running("Measure them", "Accuracy, speed and size on the same pictures, interleaved.")
+    with ui.column().classes("studio-card gap-3 w-full"):
+        heading("Apply a recipe", "Steps in their order, as `vitreous slim --steps` takes them; empty lets the studio choose.")
+        with ui.row().classes("w-full items-end gap-4"):
+            steps = (
+                ui.input("Recipe", value=EXAMPLES[0], autocomplete=EXAMPLES).props("outlined dense").classes("grow min-w-[240px]")
+            )
+            images = (
+                ui.number("Pictures to prove on", value=500, min=10, step=10, precision=0).props("outlined dense").classes("w-44")
+            )
+        slimming = Running("Apply", "")
+        results = ui.column().classes("w-full gap-3")
+
+    def show(new: Rows) -> None:
+        rows[:] = new
+        keys = list(dict.fromkeys(k for row in rows for k in row))
+        table.columns = [{"name": k, "label": k, "field": k, "align": "left" if k == "model" else "right"} for k in keys]
+        table.rows = [{k: _told(k, v) for k, v in row.items()} for row in rows]
+        table.update()
+
+    async def measure() -> None:
+        show(await work.run(apart.measure, [m.source for m in session.models], int(images.value or 500)))
+
+    async def slim() -> None:
+        written = (steps.value or "").strip()
+        if written:
+            Recipe.parse(written)  # what is wrong with it is told before anything starts
+        folder = Path(tempfile.mkdtemp(dir=session.folder.name))
+        source = session.opened.source
+        proved = await slimming.run(apart.recipe, source, written, int(images.value or 500), folder)
+        await adopt(folder, source, written or "the studio's choice", proved)
+
+    async def adopt(folder: Path, source: Source, recipe: str, proved: Rows) -> None:
+        made = Source(str(folder / "model.safetensors"), source.data)
+        opened = await asyncio.to_thread(Opened, made)
+        opened.title = f"{source.title}: {recipe}"
+        session.models.append(opened)
+        with results, ui.column().classes("w-full gap-2"):
+            heading(opened.title)
+            _small_table(proved)
+            with ui.row().classes("gap-2"):
+                for name, what in FILES.items():
+                    if (folder / name).exists():
+                        button = ui.button(name, on_click=partial(ui.download, folder / name, name))
+                        button.props(f"outline dense no-caps icon=download aria-label='Download {name}'").classes("px-3")
+                        button.tooltip(what)
+        await session.refresh()
+
+    async def refresh() -> None:
+        if not rows or len(rows) != len(session.models):
+            show([_known(i, opened) for i, opened in enumerate(session.models)])
+
+    work.start.on_click(guarded(measure))
+    slimming.start.on_click(guarded(slim))
+    session.listeners.append(guarded(refresh))
+
+
+def _known(i: int, opened: Opened) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in opened.net.parameters())
+    return {"model": f"{i + 1}. {opened.title}", "parameters": parameters, "attention layers": len(opened.heads)}
+
+
+def _small_table(rows: Rows) -> None:
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    columns: list[dict[str, Any]] = [{"name": k, "label": k, "field": k, "align": "right"} for k in keys]
+    ui.table(rows=[{k: _told(k, v) for k, v in row.items()} for row in rows], columns=columns).classes("w-full").props(
+        "flat dense"
+    )
+
+
+def _told(key: str, value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %" if key.startswith(("accuracy", "agreement")) else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,100 @@
+"""Pieces that every view uses: headings, guarded handlers, and the way out for figures and their data."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import json
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import plotly.graph_objects as go
+from nicegui import ui
+
+from ..errors import VitreousError
+
+Rows = list[dict[str, Any]]
+
+
+def guarded(handler: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
+    """`handler`, whose failure is shown as a message; the page goes on."""
+
+    async def safe(*arguments: Any) -> None:
+        client = ui.context.client
+        try:
+            await handler(*arguments)
+        except Exception as error:
+            ours = isinstance(error, VitreousError)
+            if not client.is_deleted:  # else the page was closed meanwhile
+                with client:
+                    said = str(error) if ours else f"{type(error).__name__}: {error}"
+                    kind = "warning" if ours else "negative"
+                    ui.notify(said, type=kind, multi_line=True, close_button="Close", timeout=0)
+            if not ours:
+                raise
+
+    if any(p.default is p.empty for p in inspect.signature(handler).parameters.values()):
+        return lambda event: safe(event)
+    return lambda: safe()
+
+
+def heading(text: str, note: str = "") -> None:
+    ui.label(text).classes("text-base font-semibold").props('role=heading aria-level="2"')
+    if note:
+        ui.label(note).classes("text-sm studio-note -mt-3")
+
+
+def exports(name: str, rows: Callable[[], Rows], svg: Callable[[], str] | None = None, plot: ui.plotly | None = None) -> None:
+    """A menu that downloads a figure as SVG or PNG and its data as CSV or Parquet.
+
+    The figure is the SVG text that `svg` gives, or a `plot` on the page; the browser makes the PNG of both.
+    """
+
+    def figure(kind: str) -> None:
+        if plot is not None:
+            ui.run_javascript(f"savePlot('c{plot.id}', {kind!r}, {name!r})")
+        elif svg is not None and kind == "svg":
+            ui.download(svg().encode(), f"{name}.svg", "image/svg+xml")
+        elif svg is not None:
+            ui.run_javascript(f"savePicture({json.dumps(svg())}, {name!r})")
+
+    async def data(kind: str) -> None:
+        ui.download(as_csv(rows()) if kind == "csv" else as_parquet(rows()), f"{name}.{kind}")
+
+    with ui.button(icon="download").props(f"flat round dense aria-label='Export {name}'"), ui.menu():
+        for kind in ("svg", "png"):
+            ui.menu_item(f"Figure as {kind.upper()}", partial(figure, kind))
+        ui.menu_item("Data as CSV", guarded(lambda: data("csv")))
+        ui.menu_item("Data as Parquet", guarded(lambda: data("parquet")))
+
+
+def plotted(figure: go.Figure, height: int) -> go.Figure:
+    """The same look for every plot; transparent, so that it fits light and dark."""
+    return figure.update_layout(
+        height=height,
+        margin=dict(l=50, r=10, t=20, b=40),
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font=dict(color="#64748b", size=12),
+        dragmode=False,
+        modebar=dict(remove=["zoom", "pan", "autoscale"]),
+    )
+
+
+def as_csv(rows: Rows) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: Rows) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    held = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), held)
+    return held.getvalue()

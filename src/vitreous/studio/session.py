@@ -1,0 +1,166 @@
+"""What one browser page shows, and what belongs to it alone: its view, its uploads, the models it made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from PIL import Image
+from torch import Tensor
+
+from ..data.pictures import Unreadable, read_picture
+from ..errors import VitreousError
+from ..see.look import Look
+from .opened import Opened
+
+MAX_BYTES = 20 * 2**20  # of one upload
+MAX_UPLOADS = 32  # of one page; the first goes when one more comes
+
+Listener = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a permalink restores. `head` -1 is the mean of all, `patch` -1 the class token; `removed`: "layer.head,…"."""
+
+    view: str = "image"
+    model: int = 0
+    image: int = 0
+    layer: int = -1
+    head: int = -1
+    patch: int = -1
+    methods: str = "rollout,grad_cam,transformer_attribution"
+    colour: str = "distance"
+    removed: str = ""
+
+    def query(self) -> str:
+        """What differs from the beginning, as the end of an address."""
+        start = State()
+        return urlencode({f.name: v for f in fields(self) if (v := getattr(self, f.name)) != getattr(start, f.name)})
+
+    @classmethod
+    def of(cls, query: dict[str, str]) -> State:
+        """From an address; what is unknown or no number is left out."""
+        known: dict[str, Any] = {}
+        for f in fields(cls):
+            if f.name in query:
+                try:
+                    known[f.name] = type(f.default)(query[f.name])
+                except ValueError:
+                    continue
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Upload:
+    name: str
+    picture: Image.Image
+
+
+class Session:
+    """One page. `change` moves it; whoever listens draws again."""
+
+    def __init__(self, models: list[Opened], state: State) -> None:
+        self.models = list(models)
+        self.uploads: dict[int, Upload] = {}  # by numbers below 0: -1 is the first
+        self.folder = tempfile.TemporaryDirectory(prefix="vitreous-studio-")
+        self.listeners: list[Listener] = []
+        self.state = self._possible(state)
+        self._looked: dict[tuple[int, int], Look] = {}
+        self._count = 0
+
+    async def change(self, **to: Any) -> None:
+        """Move to another state; nothing happens when it is the same, as when a control is set to what it shows."""
+        new = self._possible(replace(self.state, **to))
+        if new != self.state:
+            self.state = new
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        for listener in list(self.listeners):
+            await listener()
+
+    def _possible(self, state: State) -> State:
+        """The nearest state that there is: a link may come from another model or data set, or another's upload."""
+        state = replace(state, model=state.model if 0 <= state.model < len(self.models) else 0)
+        opened = self.models[state.model]
+        layers = max(1, len(opened.heads))
+        layer = state.layer if 0 <= state.layer < layers else layers - 1
+        h, w = opened.anatomy.grid or (0, 0)
+        there = state.image in self.uploads or 0 <= state.image < len(opened.data)
+        heads = opened.heads[layer] if opened.heads else 0
+        return replace(
+            state,
+            layer=layer,
+            image=state.image if there else 0,
+            head=state.head if -1 <= state.head < heads else -1,
+            patch=state.patch if -1 <= state.patch < h * w else -1,
+        )
+
+    def removed(self) -> dict[int, list[int]]:
+        """The heads to do without, by layer, both from 0; what the model does not have is left out."""
+        found: dict[int, list[int]] = {}
+        for name in self.state.removed.split(","):
+            layer, _, head = name.partition(".")
+            if layer.isdigit() and head.isdigit():
+                i, h = int(layer) - 1, int(head) - 1
+                if 0 <= i < len(self.opened.heads) and 0 <= h < self.opened.heads[i]:
+                    found.setdefault(i, []).append(h)
+        return found
+
+    # ---- pictures
+
+    @property
+    def opened(self) -> Opened:
+        return self.models[self.state.model]
+
+    def named(self, image: int) -> str:
+        if image in self.uploads:
+            return self.uploads[image].name
+        data = self.opened.data
+        label = data.classes[data.labels[image]] if len(data.classes) else ""
+        return f"image {image}" + (f", {label}" if label else "")
+
+    def pictured(self, opened: Opened, image: int) -> tuple[Image.Image, Tensor]:
+        """A picture as people see it, and as `opened` reads it, `[1, C, H, W]`."""
+        if image in self.uploads:
+            return opened.prepared(self.uploads[image].picture)
+        return opened.data.picture(image), opened.data.tensor([image])
+
+    def look(self, model: int, image: int, layer: int) -> Look:
+        """The attention of a model on an image; that of the last two is kept."""
+        found = self._looked.get((model, image))
+        opened = self.models[model]
+        if found is None or (len(found.layers) < len(opened.heads) and found.layers[0].name != _name(opened, layer)):
+            found = opened.look(self.pictured(opened, image)[1], layer)
+            self._looked = dict([*self._looked.items(), ((model, image), found)][-2:])
+        return found
+
+    def upload(self, name: str, content: bytes) -> int:
+        """Take in a picture; its number. Raises `VitreousError` when it is none, or too large."""
+        if len(content) > MAX_BYTES:
+            raise VitreousError(f"{name} has {len(content) / 2**20:.0f} MB: at most {MAX_BYTES // 2**20} MB are taken")
+        with tempfile.NamedTemporaryFile(dir=self.folder.name) as file:
+            file.write(content)
+            file.flush()
+            try:
+                picture = read_picture(Path(file.name))
+            except Unreadable as reason:
+                raise VitreousError(f"{name} cannot be used: {reason}") from None
+        picture.thumbnail((1024, 1024))
+        self._count += 1
+        self.uploads[-self._count] = Upload(name, picture)
+        for old in list(self.uploads)[:-MAX_UPLOADS]:
+            del self.uploads[old]
+        return -self._count
+
+    def close(self) -> None:
+        self.folder.cleanup()
+
+
+def _name(opened: Opened, layer: int) -> str:
+    return opened.anatomy.attention[layer].name

@@ -1,0 +1,107 @@
+"""Pattern classes of heads whose kind is known by construction; the autoencoder and its clusters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from known_heads import known_heads
+from support import small_vit
+from torch import Tensor
+
+from vitreous import see
+from vitreous.errors import VitreousError
+from vitreous.prune import Heads
+from vitreous.steps import slim
+from vitreous.tokens import EViT
+
+KNOWN = [("self", "left", "global"), ("sink", "content", "local"), ("ring", "up", "down right"), ("corner", "right", "down")]
+EXPECTED = [
+    ["self", "neighbour: left", "global"],
+    ["sink", "content", "local"],
+    ["ring", "neighbour: up", "neighbour: down right"],
+    ["sink", "neighbour: right", "neighbour: down"],
+]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    return torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def found(pictures: Tensor) -> see.Patterns:
+    return see.patterns(known_heads(KNOWN), pictures, clusters=9, batch=10)
+
+
+def test_heads_of_known_kinds_get_their_names(found: see.Patterns) -> None:
+    assert found.labels.tolist() == EXPECTED
+    assert found.shares["sink"] == pytest.approx(2 / 12) and sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_the_names_follow_the_attention_and_not_the_layer(pictures: Tensor) -> None:
+    swapped = see.patterns(known_heads([("content", "self", "up"), ("global", "ring", "sink")]), pictures)
+    assert swapped.labels.tolist() == [["content", "self", "neighbour: up"], ["global", "ring", "sink"]]
+
+
+def test_content_is_what_images_change(pictures: Tensor) -> None:
+    """The same head on one image many times over depends on the place alone."""
+    model = known_heads([("content", "left", "global")])
+    varied, same = see.patterns(model, pictures), see.patterns(model, pictures[:1].repeat(24, 1, 1, 1))
+    assert varied.measures["content"][0, 0] > 0.9 > 0.1 > same.measures["content"][0, 0]
+    assert varied.measures["content"][0, 1] < 0.5
+    assert same.labels[0, 0] == "sink", "then one patch receives everything"
+    assert np.isnan(see.patterns(model, pictures[:1]).measures["content"]).all(), "one image says nothing of it"
+
+
+def test_offsets_are_means_over_the_queries_that_have_one_there(found: see.Patterns) -> None:
+    offsets = found.offsets[0]
+    assert offsets.shape == (3, 7, 7)
+    assert offsets[0, 3, 3] > 0.95 and offsets[1, 3, 2] > 0.95, "self, and left even though the first column has no left"
+    np.testing.assert_allclose(offsets[2], 1 / 16, rtol=0.05)
+
+
+def test_codes_bring_equal_heads_together(found: see.Patterns, pictures: Tensor) -> None:
+    assert found.error < 0.2
+    assert found.latent.shape == (4, 3, 8) and found.at.shape == (4, 3, 2)
+    twice = see.patterns(known_heads([("left", "self", "content"), ("left", "self", "global")]), pictures, clusters=4)
+    np.testing.assert_array_equal(twice.clusters[0, :2], twice.clusters[1, :2])
+    assert len(set(twice.clusters.ravel().tolist())) == 4
+    np.testing.assert_allclose(twice.at[0, :2], twice.at[1, :2], atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_codes_and_disturbs_no_other_randomness(pictures: Tensor) -> None:
+    model = small_vit(depth=2)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one = see.patterns(model, pictures)
+    assert torch.equal(torch.rand(3), expected)
+    np.testing.assert_array_equal(one.latent, see.patterns(model, pictures).latent)
+    assert not np.array_equal(one.latent, see.patterns(model, pictures, seed=1).latent)
+
+
+def test_measures_do_not_depend_on_batches(pictures: Tensor) -> None:
+    model = small_vit(depth=2)
+    whole, parts = see.patterns(model, pictures), see.patterns(model, pictures, batch=5)
+    for name, values in whole.measures.items():
+        np.testing.assert_allclose(parts.measures[name], values, rtol=1e-3, err_msg=name)
+
+
+def test_slimmed_models_and_pruned_heads(pictures: Tensor) -> None:
+    model = known_heads([("left", "self", "global"), ("left", "self", "global")])
+    small = slim(model, EViT(keep=0.5, at=(0,)))
+    assert see.patterns(small, pictures).labels[0].tolist() == ["neighbour: left", "self", "global"]
+    pruned = slim(small_vit(), Heads(share=0.34), pictures)
+    found = see.patterns(pruned, pictures)
+    left = [len(pruned.get_submodule(n).proj.weight[0]) // 16 for n in found.layers]  # type: ignore
+    assert [int((row > 0).sum()) for row in found.clusters] == left and sum(left) == 8
+    assert np.isnan(found.at[found.clusters == 0]).all() and (found.labels[found.clusters == 0] == "").all()
+    assert len(found.rows()) == 8 and all(r["pattern"] for r in found.rows())
+
+
+def test_refusals(pictures: Tensor) -> None:
+    with pytest.raises(VitreousError, match="clusters must be at least 1"):
+        see.patterns(small_vit(), pictures, clusters=0)
+    with pytest.raises(VitreousError, match="tensor"):
+        see.patterns(small_vit(), pictures[0])

@@ -1,0 +1,57 @@
+"""Long work in a process of its own: answers, failures, and stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+import studio_jobs
+
+pytest.importorskip("nicegui")
+from vitreous.errors import VitreousError
+from vitreous.studio.work import Stopped, Work
+
+
+def test_answers_and_progress_come_back() -> None:
+    work = Work(studio_jobs.count, 4)
+    assert asyncio.run(work.result()) == 4
+    assert work.what == "counting" and work.share == 0.75
+
+
+@pytest.mark.parametrize(
+    ("job", "said"), [(studio_jobs.refuse, "do something else"), (studio_jobs.stumble, "KeyError"), (studio_jobs.die, "memory")]
+)
+def test_failures_are_told(job: object, said: str) -> None:
+    with pytest.raises(VitreousError, match=said):
+        asyncio.run(Work(job).result())  # type: ignore[arg-type]
+
+
+def test_stopping_is_immediate(tmp_path: Path) -> None:
+    work = Work(studio_jobs.last, str(tmp_path / "done"))
+
+    async def stop_when_it_runs() -> None:
+        result = asyncio.create_task(work.result())
+        while work.what != "waiting":
+            await asyncio.sleep(0.05)
+        work.stop()
+        await result
+
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        asyncio.run(stop_when_it_runs())
+    assert time.monotonic() - began < 55 and not (tmp_path / "done").exists()
+
+
+def test_what_waits_can_be_stopped_too() -> None:
+    async def two() -> int:
+        first, second = Work(studio_jobs.count, 3), Work(studio_jobs.count, 5)
+        results = asyncio.gather(first.result(), second.result(), return_exceptions=True)
+        await asyncio.sleep(0)
+        second.stop()
+        one, other = await results
+        assert isinstance(other, Stopped)
+        return one
+
+    assert asyncio.run(two()) == 3

@@ -1,0 +1,36 @@
+"""Functions that tests run in a process of their own; it must be able to import them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from vitreous.errors import VitreousError
+
+Say = Callable[[str, float], None]
+
+
+def count(n: int, say: Say) -> int:
+    for i in range(n):
+        say("counting", i / n)
+    return n
+
+
+def refuse(say: Say) -> None:
+    raise VitreousError("this cannot be done: do something else")
+
+
+def stumble(say: Say) -> None:
+    say("about to fail", 0.5)
+    raise KeyError("missing")
+
+
+def die(say: Say) -> None:
+    os._exit(9)
+
+
+def last(path: str, say: Say) -> None:
+    say("waiting", 0.1)
+    time.sleep(60)
+    open(path, "w").close()
