@@ -12,13 +12,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from support import small_vit
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from vitreous.errors import VitreousError
 from vitreous.quant import MinMax
-from vitreous.relevance import Tape, image_rule, linear_rule, mean_rule, product_rule, relevance, sum_rule
+from vitreous.relevance import Tape, convolution_rule, image_rule, linear_rule, mean_rule, product_rule, relevance, sum_rule
 
 
 @pytest.fixture
@@ -61,9 +63,24 @@ class TestRules:
         x = torch.tensor([[[[0.0, 4.0]]]])
         w = torch.tensor([[[[-1.0, 3.0]]]])  # contributions 4 and 12
         r = image_rule(
-            x, w, torch.tensor([2.0]), F.conv2d(x, w, torch.tensor([2.0]), (1, 2)), torch.full((1, 1, 1, 1), 8.0), (1, 2)
+            x, w, torch.tensor([2.0]), F.conv2d(x, w, torch.tensor([2.0]), (1, 2)), torch.full((1, 1, 1, 1), 8.0), ((1, 2),)
         )
         assert torch.allclose(r, torch.tensor([[[[2.0, 6.0]]]]))
+
+    def test_a_convolution_is_a_linear_layer_at_every_place(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        x, w, b = (torch.randn(*size, generator=g) for size in ((2, 4, 6, 6), (8, 2, 3, 3), (8,)))
+        way = (2, 1, 1, 2)  # strided, padded, in two groups
+        y = F.conv2d(x, w, b, *way)
+        r = torch.rand(y.shape, generator=g)
+        expected = torch.zeros_like(x)
+        for group in range(2):
+            mine, out = slice(2 * group, 2 * group + 2), slice(4 * group, 4 * group + 4)
+            columns = F.unfold(x[:, mine], 3, padding=1, stride=2).mT
+            flat = w[out].flatten(1)
+            found = linear_rule(columns, flat, b[out], F.linear(columns, flat, b[out]), r[:, out].flatten(2).mT)
+            expected[:, mine] = F.fold(found.mT, (6, 6), 3, padding=1, stride=2)
+        torch.testing.assert_close(convolution_rule(x, w, b, y, r, way), expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("rule", [sum_rule, product_rule])
     def test_nothing_lost_nothing_negative_however_much_cancels(self, rule: Any) -> None:
@@ -92,7 +109,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=[*KINDS, "features", "distilled"], scope="module")
+@pytest.fixture(params=[*KINDS, "features", "distilled", "stem"], scope="module")
 def any_model(request: pytest.FixtureRequest) -> nn.Module:
     if request.param == "distilled":
         torch.manual_seed(0)
@@ -101,7 +118,10 @@ def any_model(request: pytest.FixtureRequest) -> nn.Module:
     model = small_vit(depth=2, **KINDS.get(request.param, {}))
     if request.param == "features":
         model.reset_classifier(0)
-    return model
+    if request.param == "stem":
+        convolutions = ConvStem(3, depth=2, channels=(16, 48), kernel_size=3, stride=(4, 2), act_layer=nn.GELU)
+        model.patch_embed = HybridEmbed(convolutions, img_size=32, patch_size=1, embed_dim=48)
+    return model.eval()
 
 
 class TestEveryModel:

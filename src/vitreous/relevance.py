@@ -13,8 +13,8 @@ sum to y = Σc, and R is the relevance of y:
   each factor takes half. The paper lets all contributions share by c / y, negative ones too, and brings the two sums
   back to their total after. Where contributions cancel, that divides by almost nothing: in float32 its maps are
   rounding noise. Without cancelling there is no difference.
-- the patches (the z^B rule of Montavon et al., "Explaining Nonlinear Classification Decisions with Deep Taylor
-  Decomposition", 2017): as linear layers, counted from each image's own least and greatest value.
+- the convolution that reads the image (the z^B rule of Montavon et al., "Explaining Nonlinear Classification Decisions with
+  Deep Taylor Decomposition", 2017): as linear layers, counted from each image's own least and greatest value.
 - all that works on one value or norms a token passes R on.
 """
 
@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
 
 from .anatomy import Anatomy, read
@@ -136,6 +137,8 @@ def explained(out: Any, target: int | Tensor | None, anatomy: Anatomy) -> tuple[
     return out.gather(1, index)[:, 0], torch.zeros_like(out).scatter_(1, index, 1.0)
 
 
+Convolution = tuple[Any, ...]  # stride, padding, dilation and groups, as F.conv2d takes them
+
 # ---- rules: from the inputs of an operation, its output y and the relevance r of that, to the relevances of the inputs
 
 
@@ -169,18 +172,25 @@ def mean_rule(x: Tensor, y: Tensor, r: Tensor, dim: int) -> Tensor:
     return c * (r / (c.sum(dim) + 1e-30)).unsqueeze(dim)
 
 
-def image_rule(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, r: Tensor, stride: Any) -> Tensor:
+def image_rule(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, r: Tensor, way: Convolution = ()) -> Tensor:
     """z^B: contributions (x − l)·w for w > 0 and (x − h)·w for w < 0, l and h an image's least and greatest value."""
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    positive, negative = (part.flatten(1) for part in (w.clamp(min=0), w.clamp(max=0)))
-    at_low, at_high = low * positive.sum(1)[:, None, None], high * negative.sum(1)[:, None, None]
-    whole = y - at_low - at_high if b is None else y - at_low - at_high - b[:, None, None]
-    s = (r / whole.clamp_(min=_negligible(whole))).flatten(2)
+    positive, negative, ones = w.clamp(min=0), w.clamp(max=0), torch.ones_like(x[:1])
+    whole = y - low * F.conv2d(ones, positive, None, *way) - high * F.conv2d(ones, negative, None, *way)
+    whole = whole if b is None else whole - b[:, None, None]
+    s = r / whole.clamp_(min=_negligible(whole))
+    of_positive, of_negative = (conv2d_input(x.shape, part, s, *way) for part in (positive, negative))
+    return (x - low) * of_positive + (x - high) * of_negative
 
-    def back(part: Tensor) -> Tensor:
-        return F.fold(part.mT @ s, x.shape[2:], w.shape[2:], stride=stride)
 
-    return (x - low) * back(positive) + (x - high) * back(negative)
+def convolution_rule(x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, r: Tensor, way: Convolution = ()) -> Tensor:
+    """`linear_rule` for the convolutions of a stem behind the one that reads the image."""
+    size, w_size = x.abs(), w.abs()
+    whole = F.conv2d(size, w_size, None, *way)
+    least = _negligible(whole)
+    whole = whole.add_(y) if b is None else whole.add_(y).sub_(b[:, None, None])
+    s = r / whole.clamp_(min=least)
+    return (x * conv2d_input(x.shape, w, s, *way)).addcmul_(size, conv2d_input(x.shape, w_size, s, *way))
 
 
 def _negligible(sizes: Tensor) -> Tensor:
@@ -260,8 +270,8 @@ class Tape(TorchFunctionMode):
         if not any(t.requires_grad for t in _tensors(kwargs)):
             if func is F.linear:
                 return self._linear(*args, **kwargs)
-            if func is F.conv2d and args[0].shape == self.pixels:
-                return self._patches(*args, **kwargs)
+            if func is F.conv2d:
+                return self._convolution(*args, **kwargs)
             if func is F.scaled_dot_product_attention:
                 return self._attention(*args, **kwargs)
             if func in PRODUCTS:
@@ -286,13 +296,13 @@ class Tape(TorchFunctionMode):
         y, given = F.linear(x, w, b), x.detach()
         return self._fork(self.weights.get(id(w), ""), lambda r: [linear_rule(given, w, b, y.detach(), r)], y, x)
 
-    def _patches(self, x: Tensor, w: Tensor, b: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any) -> Tensor:
-        if any(padding) if isinstance(padding, tuple) else padding or tuple(rest) not in ((), (1, 1), ((1, 1), 1)):
-            raise VitreousError(
-                f"relevance reaches pixels through plain patches only, not through the convolution of {self.kind}"
-            )
-        y, given = F.conv2d(x, w, b, stride), x.detach()
-        return self._fork(self.weights.get(id(w), ""), lambda r: [image_rule(given, w, b, y.detach(), r, stride)], y, x)
+    def _convolution(
+        self, x: Tensor, w: Tensor, b: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Tensor:
+        way = stride, padding, dilation, groups
+        y, given = F.conv2d(x, w, b, *way), x.detach()
+        rule = image_rule if x.shape == self.pixels else convolution_rule
+        return self._fork(self.weights.get(id(w), ""), lambda r: [rule(given, w, b, y.detach(), r, way)], y, x)
 
     def _sum(self, a: Any, b: Any) -> Tensor:
         def constant(t: Any) -> bool:  # a bias, or what is added to attention scores; a position embedding is a summand

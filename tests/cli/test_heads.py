@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
 import json
 import sys
@@ -49,14 +48,7 @@ def test_tables_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_parquet_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *rest: Any, **kwargs: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return imported(name, *rest, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not there
     status, _, error = run(monkeypatch, capsys, "--parquet", str(tmp_path / "h.parquet"))
     assert status == 2 and "vitreous[parquet]" in error and not list(tmp_path.iterdir())
 

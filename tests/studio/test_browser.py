@@ -100,14 +100,14 @@ def png(size: tuple[int, int] = (64, 48)) -> bytes:
 def test_a_click_on_a_patch_shows_where_it_attends(page: Any) -> None:
     before = overlay(page)
     click(page, 0.5, 0.5)
-    told(page, "Row 4, column 4 attends most")
+    told(page, "Patch (3, 3) attends most")
     asked = overlay(page)
     assert asked != before and "<rect" in asked
     picture(page).focus()
     page.keyboard.press("ArrowRight")
-    told(page, "Row 4, column 5 attends most")
+    told(page, "Patch (3, 4) attends most")
     page.get_by_role("slider", name="Layer").locator("[tabindex]").press("ArrowLeft")
-    told(page, "Layer 7 of 8")
+    told(page, "Layer 6 of 0–7")
     assert overlay(page) != asked
     page.get_by_role("button", name="Class token").click()
     told(page, "The class token attends most")
@@ -117,10 +117,10 @@ def test_a_click_on_a_patch_shows_where_it_attends(page: Any) -> None:
 def test_a_link_restores_the_view(browser: Any, page: Any) -> None:
     page.get_by_label("image 3, Trouser").click()
     click(page, 0.1, 0.1)
-    told(page, "Row 1, column 1 attends most")
+    told(page, "Patch (0, 0) attends most")
     page.wait_for_function("location.search.includes('image=3') && location.search.includes('patch=0')")
     other = visit(browser, page.url)
-    told(other, "Row 1, column 1 attends most")
+    told(other, "Patch (0, 0) attends most")
     assert overlay(other) == overlay(page)
     other.context.close()
 
@@ -138,7 +138,7 @@ def test_uploads_good_corrupt_and_oversized(browser: Any, page: Any, address: st
     chooser.set_input_files(tmp_path / "vast.png")
     told(page, "at most 20 MB")
     click(page, 0.5, 0.5)
-    told(page, "Row 4, column 4 attends most")
+    told(page, "Patch (3, 3) attends most")
     assert overlay(page) != before, "the page goes on"
 
     other = visit(browser, address)
@@ -153,7 +153,7 @@ def test_removing_heads_changes_the_accuracy(page: Any, address: str) -> None:
     remove = page.get_by_role("button", name="Remove this head")
     remove.click()
     first = told(page, re.compile("^Without 1 of 32 heads: accuracy")).inner_text()
-    gone = ",".join(f"{layer}.{head}" for layer in (1, 2, 3) for head in (1, 2, 3, 4))
+    gone = ",".join(f"{layer}.{head}" for layer in (0, 1, 2) for head in range(4))
     page.goto(f"{address}?view=heads&removed={gone}")
     last = told(page, re.compile("^Without 12 of 32 heads: accuracy")).inner_text()
     shares = re.compile(r"accuracy ([0-9.]+) % → ([0-9.]+) %")

@@ -43,7 +43,7 @@ def test_a_link_restores_the_view() -> None:
 
 
 def test_a_link_from_elsewhere_is_mended(opened: Opened) -> None:
-    made = Session([opened], State(model=4, image=-3, layer=99, head=50, patch=5000, removed="1.1,9.9,x.y,2.1"))
+    made = Session([opened], State(model=4, image=-3, layer=99, head=50, patch=5000, removed="0.0,9.9,x.y,1.0"))
     assert (made.state.model, made.state.image, made.state.layer, made.state.head, made.state.patch) == (0, 0, 7, -1, -1)
     assert made.removed() == {0: [0], 1: [0]}
     made.close()

@@ -29,6 +29,7 @@ def heads(
     from .. import store
     from ..data import open_data
     from ..errors import VitreousError
+    from ..rows import as_csv, as_json, as_parquet, need_parquet
     from ..see.distance import distance
     from ..see.head_importance import head_importance
     from ..see.patterns import patterns
@@ -41,7 +42,7 @@ def heads(
         if not target.parent.is_dir():
             raise VitreousError(f"cannot write {target}: there is no folder {target.parent}")
     if parquet is not None:
-        _pyarrow()
+        need_parquet()
     net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **({"img_size": img_size} if img_size else {}))
     pictures = open_data(data, net, limit=limit or 256, seed=seed)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -72,8 +73,9 @@ def heads(
     merged = {(r["layer"], r["head"]): r for r in importance.rows()}
     for r in (*far.rows(), *pattern.rows()):
         merged[r["layer"], r["head"]] |= r
+    write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}
     for kind, target in targets.items():
-        store.write_whole(target, _written(kind, list(merged.values())))
+        store.write_whole(target, write[kind](list(merged.values())))
         console.print(f"written to {target}", highlight=False)
 
 
@@ -101,35 +103,3 @@ def _matrix(title: str, values: Any) -> Any:
                 cells.append(f"[{colours[min(4, int(5 * ranks[layer, head]))]}]{value:.3g}[/]")
         table.add_row(str(layer), *cells)
     return table
-
-
-def _written(kind: str, rows: list[dict[str, Any]]) -> bytes:
-    import csv
-    import io
-    import json
-    import math
-
-    if kind == "json":
-        plain = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in rows]
-        return json.dumps(plain, indent=1).encode()
-    if kind == "csv":
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
-    arrow, parquet = _pyarrow()
-    held = io.BytesIO()
-    parquet.write_table(arrow.Table.from_pylist(rows), held)
-    return held.getvalue()
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    from ..errors import VitreousError
-
-    try:
-        import pyarrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise VitreousError("--parquet needs pyarrow: python -m pip install 'vitreous[parquet]'") from None
-    return pyarrow, pyarrow.parquet

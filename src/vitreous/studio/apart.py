@@ -10,12 +10,11 @@ import numpy as np
 
 from .. import see
 from ..prove import Proof, prove
+from ..rows import Rows
 from ..see.distance import MEASURES
 from ..work import Work, working
 from .opened import Source
 from .work import Say
-
-Rows = list[dict[str, Any]]
 
 
 def measure(sources: list[Source], images: int, say: Say) -> Rows:

@@ -11,9 +11,10 @@ from nicegui import ui
 
 from ..errors import VitreousError
 from ..prove.drawing import data_uri, enlarge
+from ..rows import Rows
 from . import apart
 from .drawing import heat
-from .parts import Rows, exports, guarded, heading, plotted
+from .parts import exports, guarded, heading, plotted
 from .running import Running
 from .session import Session
 
@@ -72,7 +73,7 @@ class _Matrix:
 
     async def clicked(self, event: Any) -> None:
         point = event.args["points"][0]
-        await self.session.change(layer=int(point["x"]) - 1, head=int(point["y"]) - 1)
+        await self.session.change(layer=int(point["x"]), head=int(point["y"]))
 
     def refresh(self, found: apart.Study | None) -> None:
         self.found, state = found, self.session.state
@@ -100,8 +101,8 @@ def matrix(
     figure = go.Figure(
         go.Heatmap(
             z=values,
-            x=list(range(1, shape[1] + 1)),
-            y=list(range(1, shape[0] + 1)),
+            x=list(range(shape[1])),
+            y=list(range(shape[0])),
             text=texts,
             hovertemplate="layer %{x}, head %{y}: %{text}<extra></extra>",
             hoverongaps=False,
@@ -115,7 +116,7 @@ def matrix(
         )
     )
     if picked[1] >= 0:
-        x, y = picked[0] + 1, picked[1] + 1
+        x, y = picked
         figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line=dict(color="#22d3ee", width=3))
     figure.update_xaxes(title="layer", dtick=1, showgrid=False, zeroline=False)
     figure.update_yaxes(title="head", dtick=1, autorange="reversed", showgrid=False, zeroline=False)
@@ -140,10 +141,10 @@ class _Close:
         with ui.row().classes("w-full items-center gap-3"):
             heading("One head")
             ui.space()
-            self.layer = ui.select([1], value=1, label="Layer").props("dense outlined").classes("w-24")
-            self.head = ui.select([1], value=1, label="Head").props("dense outlined").classes("w-24")
-        self.layer.on_value_change(guarded(lambda e: session.change(layer=e.value - 1)))
-        self.head.on_value_change(guarded(lambda e: session.change(head=e.value - 1)))
+            self.layer = ui.select([0], value=0, label="Layer").props("dense outlined").classes("w-24")
+            self.head = ui.select([0], value=0, label="Head").props("dense outlined").classes("w-24")
+        self.layer.on_value_change(guarded(lambda e: session.change(layer=e.value)))
+        self.head.on_value_change(guarded(lambda e: session.change(head=e.value)))
         with ui.row().classes("w-full gap-4 items-start"):
             self.image = ui.interactive_image(sanitize=False).classes("pixelated rounded").style("width: 180px")
             self.numbers = ui.html("", sanitize=False).classes("text-sm grow")
@@ -162,8 +163,8 @@ class _Close:
             self.loss.set_text("This model has no attention heads.")
             return
         head = max(state.head, 0)
-        self.layer.set_options(list(range(1, len(opened.heads) + 1)), value=state.layer + 1)
-        self.head.set_options(list(range(1, opened.heads[state.layer] + 1)), value=head + 1)
+        self.layer.set_options(list(range(len(opened.heads))), value=state.layer)
+        self.head.set_options(list(range(opened.heads[state.layer])), value=head)
         key = (state.model, state.image, state.layer, head, id(found))
         if key == self.key:
             return
@@ -183,7 +184,7 @@ class _Close:
         except VitreousError:
             content = ""
         self.image.set_source(data_uri(enlarge(picture))).set_content(content)
-        self.image.props(f'aria-label="Layer {state.layer + 1}, head {head + 1} on {session.named(state.image)}"')
+        self.image.props(f'aria-label="Layer {state.layer}, head {head} on {session.named(state.image)}"')
         self.loss.set_text("Without this head: computing…")
         self.strongest.clear()
         loss = await asyncio.to_thread(opened.without, {state.layer: [head]})
@@ -193,7 +194,7 @@ class _Close:
         with self.strongest:
             for i in np.argsort(-loss.moved)[:STRONGEST]:
                 with ui.element("button").classes("bare").props(f'aria-label="{session.named(int(i))}"') as button:
-                    ui.image(opened.data.picture(int(i)).convert("RGB")).classes("thumb").props("no-spinner alt=''")
+                    ui.element("img").classes("thumb").props(f'src="{session.thumb(int(i))}" alt=""')
                 button.on("click", guarded(lambda i=int(i): session.change(image=i)))
 
 
@@ -233,7 +234,7 @@ class _Removal:
 
     async def remove(self) -> None:
         state = self.session.state
-        name = f"{state.layer + 1}.{max(state.head, 0) + 1}"
+        name = f"{state.layer}.{max(state.head, 0)}"
         removed = [r for r in state.removed.split(",") if r]
         await self.session.change(removed=",".join([*removed, name] if name not in removed else removed))
 

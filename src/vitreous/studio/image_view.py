@@ -13,8 +13,9 @@ from .. import see
 from ..errors import VitreousError
 from ..prove.drawing import data_uri, enlarge, survival, tokens_left
 from ..prove.drift import total_variation
+from ..rows import Rows
 from .drawing import Sheet, heat, patch_at, whole_svg
-from .parts import Rows, exports, guarded, heading
+from .parts import exports, guarded, heading
 from .session import MAX_BYTES, Session
 
 SHOWN = 24  # pictures of the data on one page of the strip
@@ -22,7 +23,7 @@ ARROWS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (-1, 0), "Arrow
 
 
 def image_view(session: Session) -> None:
-    _strip(session)
+    strip = _Strip(session)
     with ui.element("div").classes("studio-pair"):
         with ui.column().classes("studio-card gap-3"):
             main = _Picture(session)
@@ -33,12 +34,9 @@ def image_view(session: Session) -> None:
     models = _Models(session)
 
     async def refresh() -> None:
-        if session.state.view != "image":
-            return
-        await main.refresh()
-        await sheet.refresh()
-        await models.refresh()
-        await explanations.refresh()
+        if session.state.view == "image":
+            for part in (main, sheet, strip, models, explanations):  # what was asked for first, what takes long last
+                await part.refresh()
 
     session.listeners.append(guarded(refresh))
 
@@ -58,8 +56,8 @@ class _Picture:
         self.caption = ui.label().classes("text-sm studio-note").props("aria-live=polite")
         with ui.row().classes("w-full items-center gap-4 no-wrap"):
             self.layer_name = ui.label().classes("text-sm w-28 shrink-0")
-            self.layer = ui.slider(min=1, max=2, step=1, value=1).props("aria-label=Layer").classes("grow")
-            self.layer.on_value_change(guarded(lambda e: self.session.change(layer=int(e.value) - 1)))
+            self.layer = ui.slider(min=0, max=1, step=1, value=0).props("aria-label=Layer").classes("grow")
+            self.layer.on_value_change(guarded(lambda e: self.session.change(layer=int(e.value))))
         with ui.row().classes("w-full items-center gap-4"):
             self.head = ui.select({-1: "mean of all heads"}, value=-1, label="Head").props("dense outlined").classes("w-44")
             self.head.on_value_change(guarded(lambda e: self.session.change(head=e.value)))
@@ -92,11 +90,11 @@ class _Picture:
             self.image.set_source(data_uri(self.base))
             self.drawn = key
         layers = max(1, len(opened.heads))
-        self.layer.props(f"max={layers} markers")
-        self.layer.set_value(state.layer + 1)
-        self.layer_name.set_text(f"Layer {state.layer + 1} of {layers}")
+        self.layer.props(f"max={layers - 1} markers")
+        self.layer.set_value(state.layer)
+        self.layer_name.set_text(f"Layer {state.layer} of 0–{layers - 1}")
         heads = opened.heads[state.layer] if opened.heads else 0
-        self.head.set_options({-1: "mean of all heads", **{h: f"head {h + 1}" for h in range(heads)}}, value=state.head)
+        self.head.set_options({-1: "mean of all heads", **{h: f"head {h}" for h in range(heads)}}, value=state.head)
         try:
             self.values = await self.attention()
         except VitreousError as reason:
@@ -118,11 +116,11 @@ class _Picture:
 
     def told(self) -> str:
         state, w = self.session.state, self.values.shape[1]
-        who = "The class token" if state.patch < 0 else f"Row {state.patch // w + 1}, column {state.patch % w + 1}"
+        who = "The class token" if state.patch < 0 else f"Patch {divmod(state.patch, w)}"
         best = int(self.values.argmax())
         share = 100 * self.values.max() / max(self.values.sum(), 1e-12)
         return (
-            f"{who} attends most to row {best // w + 1}, column {best % w + 1} ({share:.0f} % of what goes to patches); "
+            f"{who} attends most to patch {divmod(best, w)} ({share:.0f} % of what goes to patches); "
             f"{100 * self.values.sum():.0f} % of its attention goes to patches."
         )
 
@@ -145,7 +143,7 @@ class _Sheet:
             self.title = ui.label().classes("text-base font-semibold").props('role=heading aria-level="2"')
             exports("heads", self.rows, lambda: whole_svg(self.sheet.image, "") if self.sheet else "")
         self.image = ui.interactive_image(on_mouse=guarded(self.clicked), events=["click"], sanitize=False)
-        self.image.classes("w-full pixelated")
+        self.image.classes("w-full pixelated all-heads")
         self.caption = ui.label().classes("text-sm studio-note")
 
     async def clicked(self, event: Any) -> None:
@@ -173,12 +171,12 @@ class _Sheet:
         layer = 0 if alone else state.layer
         self.image.set_content(self.sheet.mark(layer, None if state.head < 0 else state.head))
         self.title.set_text(f"All {sum(self.sheet.heads)} heads")
-        first = f"The heads of layer {state.layer + 1}" if alone else "A column for each layer, the first at the left"
+        first = f"The heads of layer {state.layer}" if alone else "A column for each layer, the first at the left"
         self.caption.set_text(f"{first}; every map is scaled to its own maximum. Click one to see it large.")
 
     def rows(self) -> Rows:
         return [
-            {"layer": i + 1, "head": h + 1, "row": r, "column": c, "attention": float(v)}
+            {"layer": i, "head": h, "row": r, "column": c, "attention": float(v)}
             for i, layer in enumerate(self.maps)
             if layer is not None
             for (h, r, c), v in np.ndenumerate(layer)
@@ -304,62 +302,57 @@ class _Models:
                         ui.label(f"{layer}: {tokens_left(groups)} tokens").classes("text-sm")
 
 
-def _strip(session: Session) -> None:
+class _Strip:
     """Pictures to choose from, and the way in for one's own."""
-    with ui.column().classes("studio-card gap-2 w-full"):
-        with ui.row().classes("w-full items-center gap-3"):
-            heading("Pictures")
-            ui.space()
-            back = ui.button(icon="chevron_left").props("flat round dense aria-label='Earlier pictures'")
-            forth = ui.button(icon="chevron_right").props("flat round dense aria-label='Later pictures'")
-            upload = ui.upload(auto_upload=True, max_file_size=MAX_BYTES).props('accept="image/*"').classes("hidden")
-            own = ui.button("Your picture", icon="upload", on_click=lambda: upload.run_method("pickFiles"))
-            own.props("outline no-caps dense").classes("px-3")
-        strip = ui.row().classes("w-full gap-2")
-    page = [session.state.image // SHOWN if session.state.image >= 0 else 0]
 
-    def draw(pictures: dict[int, Any]) -> None:
-        strip.clear()
-        with strip:
+    def __init__(self, session: Session) -> None:
+        self.session, self.shown = session, None
+        self.page = session.state.image // SHOWN if session.state.image >= 0 else 0
+        with ui.column().classes("studio-card gap-2 w-full"):
+            with ui.row().classes("w-full items-center gap-3"):
+                heading("Pictures")
+                ui.space()
+                back = ui.button(icon="chevron_left").props("flat round dense aria-label='Earlier pictures'")
+                forth = ui.button(icon="chevron_right").props("flat round dense aria-label='Later pictures'")
+                self.upload = ui.upload(auto_upload=True, max_file_size=MAX_BYTES).props('accept="image/*"').classes("hidden")
+                own = ui.button("Your picture", icon="upload", on_click=lambda: self.upload.run_method("pickFiles"))
+                own.props("outline no-caps dense").classes("px-3")
+            self.row = ui.row().classes("w-full gap-2")
+        back.on_click(guarded(lambda: self.turn(-1)))
+        forth.on_click(guarded(lambda: self.turn(1)))
+        self.upload.on_upload(guarded(self.taken))
+        self.upload.on_rejected(guarded(self.refused))
+
+    async def refresh(self) -> None:
+        session, total = self.session, len(self.session.opened.data)
+        self.page = min(self.page, (total - 1) // SHOWN)
+        numbers = [*session.uploads, *range(self.page * SHOWN, min(total, (self.page + 1) * SHOWN))]
+        shown = (session.state.model, numbers, session.state.image)
+        if shown == self.shown:
+            return
+        self.shown = shown
+        pictures = await asyncio.to_thread(lambda: {i: session.thumb(i) for i in numbers})
+        self.row.clear()
+        with self.row:
             for i, source in pictures.items():
                 picked = " picked" if i == session.state.image else ""
                 with ui.element("button").classes(f"bare{picked}").props(f'aria-label="{session.named(i)}"') as button:
-                    ui.image(source).classes("thumb").props("no-spinner no-transition alt=''")
+                    ui.element("img").classes("thumb").props(f'src="{source}" alt=""')
                 button.on("click", guarded(lambda i=i: session.change(image=i)))
 
-    def small(i: int) -> Any:
-        picture = session.pictured(session.opened, i)[0].convert("RGB")
-        picture.thumbnail((112, 112))
-        return picture
+    async def turn(self, by: int) -> None:
+        self.page = max(0, self.page + by)
+        await self.refresh()
 
-    async def refresh() -> None:
-        total = len(session.opened.data)
-        page[0] = min(page[0], (total - 1) // SHOWN)
-        numbers = [*session.uploads, *range(page[0] * SHOWN, min(total, (page[0] + 1) * SHOWN))]
-        key = (session.state.model, tuple(numbers), session.state.image)
-        if key != shown[0]:
-            shown[0] = key
-            draw(await asyncio.to_thread(lambda: {i: small(i) for i in numbers}))
-
-    async def turn(by: int) -> None:
-        page[0] = max(0, page[0] + by)
-        await refresh()
-
-    async def taken(event: Any) -> None:
-        upload.reset()
+    async def taken(self, event: Any) -> None:
+        self.upload.reset()
+        name = event.file.name
         if event.file.size() > MAX_BYTES:
-            raise VitreousError(f"{event.file.name} is too large: at most {MAX_BYTES // 2**20} MB are taken")
+            raise VitreousError(f"{name} is too large: at most {MAX_BYTES // 2**20} MB are taken")
         content = await event.file.read()
-        number = await asyncio.to_thread(session.upload, event.file.name, content)
-        await session.change(image=number, patch=-1)
+        number = await asyncio.to_thread(self.session.upload, name, content)
+        await self.session.change(image=number, patch=-1)
 
-    async def refused() -> None:
-        upload.reset()
+    async def refused(self) -> None:
+        self.upload.reset()
         raise VitreousError(f"that file was refused: pictures of at most {MAX_BYTES // 2**20} MB are taken")
-
-    shown: list[Any] = [None]
-    back.on_click(guarded(lambda: turn(-1)))
-    forth.on_click(guarded(lambda: turn(1)))
-    upload.on_upload(guarded(taken))
-    upload.on_rejected(guarded(refused))
-    session.listeners.append(guarded(refresh))

@@ -10,10 +10,11 @@ from typing import Any
 
 from nicegui import ui
 
+from ..rows import Rows
 from ..steps import Recipe
 from . import apart
 from .opened import Opened, Source
-from .parts import Rows, exports, guarded, heading
+from .parts import exports, guarded, heading
 from .running import Running
 from .session import Session
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
-import io
 import json
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -14,8 +12,7 @@ import plotly.graph_objects as go
 from nicegui import ui
 
 from ..errors import VitreousError
-
-Rows = list[dict[str, Any]]
+from ..rows import Rows, as_csv, as_parquet
 
 
 def guarded(handler: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
@@ -81,20 +78,3 @@ def plotted(figure: go.Figure, height: int) -> go.Figure:
         dragmode=False,
         modebar=dict(remove=["zoom", "pan", "autoscale"]),
     )
-
-
-def as_csv(rows: Rows) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def as_parquet(rows: Rows) -> bytes:
-    import pyarrow
-    import pyarrow.parquet
-
-    held = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), held)
-    return held.getvalue()

@@ -7,9 +7,10 @@ from typing import Any
 import plotly.graph_objects as go
 from nicegui import ui
 
+from ..rows import Rows
 from . import apart
 from .heads_view import colours, matrix
-from .parts import Rows, exports, guarded, heading, plotted
+from .parts import exports, guarded, heading, plotted
 from .session import Session
 
 
@@ -52,7 +53,7 @@ def patterns_view(session: Session) -> None:
 
     async def moved(event: Any) -> None:
         point = event.args["points"][0]
-        await session.change(layer=int(point["x"]) - 1, head=int(point["y"]) - 1)
+        await session.change(layer=int(point["x"]), head=int(point["y"]))
 
     async def refresh() -> None:
         if session.state.view != "patterns":
@@ -102,7 +103,7 @@ def _scatter(rows: Rows, picked: tuple[int, int]) -> go.Figure:
             x=[row["x"] for row in these],
             y=[row["y"] for row in these],
             customdata=[(row["layer"], row["head"]) for row in these],
-            text=[f"layer {row['layer'] + 1}, head {row['head'] + 1}: {name}" for row in these],
+            text=[f"layer {row['layer']}, head {row['head']}: {name}" for row in these],
             hoverinfo="text",
             mode="markers",
             marker=dict(size=11, color=colour),

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..data.pictures import Unreadable, read_picture
 from ..errors import VitreousError
+from ..prove.drawing import data_uri
 from ..see.look import Look
 from .opened import Opened
 
 MAX_BYTES = 20 * 2**20  # of one upload
+THUMBS = 200
 MAX_UPLOADS = 32  # of one page; the first goes when one more comes
 
 Listener = Callable[[], Awaitable[None]]
@@ -25,7 +27,10 @@ Listener = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True)
 class State:
-    """What a permalink restores. `head` -1 is the mean of all, `patch` -1 the class token; `removed`: "layer.head,…"."""
+    """What a permalink restores. Layers, heads and patches count from 0, as in Python.
+
+    `head` -1 is the mean of all, `patch` -1 the class token, `layer` -1 the last; `removed`: "layer.head,…".
+    """
 
     view: str = "image"
     model: int = 0
@@ -71,6 +76,7 @@ class Session:
         self.listeners: list[Listener] = []
         self.state = self._possible(state)
         self._looked: dict[tuple[int, int], Look] = {}
+        self._thumbs: dict[tuple[Opened, int], str] = {}
         self._count = 0
 
     async def change(self, **to: Any) -> None:
@@ -102,12 +108,12 @@ class Session:
         )
 
     def removed(self) -> dict[int, list[int]]:
-        """The heads to do without, by layer, both from 0; what the model does not have is left out."""
+        """The heads to do without, by layer; what the model does not have is left out."""
         found: dict[int, list[int]] = {}
         for name in self.state.removed.split(","):
             layer, _, head = name.partition(".")
             if layer.isdigit() and head.isdigit():
-                i, h = int(layer) - 1, int(head) - 1
+                i, h = int(layer), int(head)
                 if 0 <= i < len(self.opened.heads) and 0 <= h < self.opened.heads[i]:
                     found.setdefault(i, []).append(h)
         return found
@@ -130,6 +136,15 @@ class Session:
         if image in self.uploads:
             return opened.prepared(self.uploads[image].picture)
         return opened.data.picture(image), opened.data.tensor([image])
+
+    def thumb(self, image: int) -> str:
+        """A small picture as a `data:` address; the last `THUMBS` are kept."""
+        key = (self.opened, image)
+        if key not in self._thumbs:
+            picture = self.pictured(self.opened, image)[0].convert("RGB")
+            picture.thumbnail((112, 112))
+            self._thumbs = dict([*self._thumbs.items(), (key, data_uri(picture))][-THUMBS:])
+        return self._thumbs[key]
 
     def look(self, model: int, image: int, layer: int) -> Look:
         """The attention of a model on an image; that of the last two is kept."""
