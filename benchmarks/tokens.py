@@ -272,8 +272,9 @@ def draw(rows: list[dict[str, Any]], what: str, stamp: str) -> None:
     for kind, marker in (("training-free", "o"), ("fine-tuned", "s"), ("", "*")):
         points = [(r["openvino"][1], 100 * r["accuracy"], r["method"]) for r in timed if r["kind"] == kind]
         axes.scatter([p[0] for p in points], [p[1] for p in points], marker=marker, s=60, label=kind or "original", zorder=3)
-        for x, y, name in points:
-            axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        for i, (x, y, name) in enumerate(sorted(points, key=lambda p: p[1])):  # names right and left in turn, else they meet
+            side, away = ("right", -7) if i % 2 else ("left", 7)
+            axes.annotate(name, (x, y), xytext=(away, -3), textcoords="offset points", fontsize=8, ha=side)
     points = sorted(((r["openvino"][1], 100 * r["accuracy"]) for r in timed), reverse=True)
     front = [p for i, p in enumerate(points) if all(q[1] < p[1] for q in points[:i])]
     axes.plot([p[0] for p in front], [p[1] for p in front], color="0.6", lw=1, zorder=1, label="Pareto front")
@@ -309,6 +310,7 @@ def cifar10(a: argparse.Namespace, folder: Path, say: Say) -> None:
     original.reset_classifier(10)
     original.num_classes = 10
     data = vt.data.open_data(Path(a.data) / "test", original, limit=a.test, seed=a.seed)
+    data.name = "CIFAR-10 (JPEG)"
     x, y = trained_on(str(Path(a.data) / "train"), original, a)
     if not (a.out / f"{a.what}-base.safetensors").exists():
         probe(original, x, y)

@@ -119,7 +119,7 @@ def any_model(request: pytest.FixtureRequest) -> nn.Module:
     if request.param == "features":
         model.reset_classifier(0)
     if request.param == "stem":
-        convolutions = ConvStem(3, depth=2, channels=(16, 48), kernel_size=3, stride=(4, 2), act_layer=nn.GELU)
+        convolutions = ConvStem(3, depth=3, channels=(12, 24, 48), kernel_size=3, stride=(2, 2, 2), act_layer=nn.GELU)
         model.patch_embed = HybridEmbed(convolutions, img_size=32, patch_size=1, embed_dim=48)
     return model.eval()
 
