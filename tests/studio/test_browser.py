@@ -23,7 +23,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-WAIT = 25_000  # milliseconds: the machine may be busy with other tests
+WAIT = 120_000  # milliseconds: the machine may be busy with other tests
 
 
 @pytest.fixture(scope="module")
