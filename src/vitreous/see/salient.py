@@ -36,8 +36,7 @@ def salient_relevance(model: nn.Module, x: Tensor, target: int | Tensor | None =
 def _salient(found: Relevance, grid: tuple[int, int]) -> Tensor:
     maps = found.pixels.float().sum(1, keepdim=True).relu()
     shrink = max(1.0, max(maps.shape[2:]) / SIDE)
-    size = [round(s / shrink) for s in maps.shape[2:]]
-    maps = F.adaptive_avg_pool2d(maps, size)
+    maps = F.adaptive_avg_pool2d(maps, (round(maps.shape[2] / shrink), round(maps.shape[3] / shrink)))
     maps = maps / maps.amax((1, 2, 3), keepdim=True).clamp_min(1e-30)
     return F.adaptive_avg_pool2d(torch.stack([context_aware(m) for m in maps]), grid)
 
