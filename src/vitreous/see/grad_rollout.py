@@ -34,11 +34,12 @@ def grad_rollout(model: nn.Module, x: Tensor, target: int | Tensor | None = None
     with torch.inference_mode(False), torch.enable_grad(), still(model), traced(model) as trace, glass(model, grad=True) as g:
         out = run(model, x.detach().clone().requires_grad_())
         score, _ = explained(getattr(out, "logits", out), target, anatomy)
-    # nn.MultiheadAttention tells of its probabilities by a view that its output does not pass through.
-    used = [a if a._base is None else a._base for a in g.attention]
-    if not used or not score.requires_grad:
-        raise VitreousError(f"no attention of {anatomy.kind} was seen on the way to its scores: use see.grad_cam")
-    slopes = torch.autograd.grad(score.sum(), used, materialize_grads=True)
-    weighted = [(s.view_as(a) * a).detach().float() for s, a in zip(slopes, g.attention, strict=True)]
-    layers = [(v.name, a.mean(1).relu()) for v, a in zip(g.views, weighted, strict=True)]
-    return multiply(x, layers, trace, anatomy, grid, discard, "see.grad_rollout")
+        # nn.MultiheadAttention tells of its probabilities by a view that its output does not pass through.
+        used = [a if a._base is None else a._base for a in g.attention]
+        if not used or not score.requires_grad:
+            raise VitreousError(f"no attention of {anatomy.kind} was seen on the way to its scores: use see.grad_cam")
+        slopes = torch.autograd.grad(score.sum(), used, materialize_grads=True)
+    with torch.no_grad():
+        weighted = [(s.view_as(a) * a).float() for s, a in zip(slopes, g.attention, strict=True)]
+        layers = [(v.name, a.mean(1).relu()) for v, a in zip(g.views, weighted, strict=True)]
+        return multiply(x, layers, trace, anatomy, grid, discard, "see.grad_rollout")
