@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from torch import nn
+
+from vitreous.cli import main
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -36,6 +41,17 @@ def filled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def official_state(info: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A golden's weights under the official names; what constructors compute, and so must not matter, is zero."""
+    scale = info.get("scale", {})
+    return {
+        name: torch.zeros(shape, dtype=torch.long)
+        if kind == "fixed"
+        else torch.from_numpy(np.asarray(fill(name, tuple(shape)) * np.float32(scale.get(name, 1))))
+        for name, shape, kind in info["state"]
+    }
+
+
 def golden(name: str) -> tuple[dict[str, Any], np.ndarray, torch.Tensor]:
     """`info`, expected output, and the input of a golden."""
     with np.load(GOLDENS / f"{name}.npz") as z:
@@ -57,6 +73,33 @@ def small_vit(depth: int = 4, seed: int = 0, **kwargs: Any) -> nn.Module:
     return model.eval()
 
 
+def from_timm(name: str, **kwargs: Any) -> nn.Module:
+    """A plain ViT of timm's under its name, as small as `small_vit`."""
+    torch.manual_seed(0)
+    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
+    model = timm.create_model(name, **{**shape, **kwargs}).eval()
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=0.15)
+    return model
+
+
+def pooled(**kwargs: Any) -> nn.Module:
+    """A `small_vit` without a class token."""
+    return small_vit(class_token=False, global_pool="avg", **kwargs)
+
+
+# layout: (model, prefix tokens, whether its class token is read)
+LAYOUTS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
+    "class token": (small_vit, 1, True),
+    "registers": (lambda: from_timm("vit_small_patch14_reg4_dinov2"), 5, True),
+    "distilled": (lambda: from_timm("deit_tiny_distilled_patch16_224"), 2, True),
+    "average": (pooled, 0, False),
+    "registers, average": (lambda: pooled(reg_tokens=2), 2, False),
+    "class token, average": (lambda: small_vit(global_pool="avg"), 1, False),
+}
+
+
 def uneven_vit() -> nn.Module:
     """As in real ViTs, a few channels of the LayerNorms are far wider than the rest, and some far from zero."""
     model = small_vit(depth=2)
@@ -74,3 +117,15 @@ def error(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> float:
     """The relative L2 distance of two models' answers."""
     with torch.no_grad():
         return float((model(x) - reference(x)).norm() / reference(x).norm())
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `vitreous …` in this process."""
+    monkeypatch.setattr(sys, "argv", ["vitreous", *arguments])
+    status = 0
+    try:
+        main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    said = capsys.readouterr()
+    return status, said.out, said.err

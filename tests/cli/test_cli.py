@@ -18,34 +18,22 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import command
 
 import vitreous as vt
 import vitreous.cli.job
-from vitreous.cli import main
 from vitreous.quant.layers import QuantLinear
 
 WRITTEN = {"report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `vitreous …` in this process."""
-    monkeypatch.setattr(sys, "argv", ["vitreous", *arguments])
-    status = 0
-    try:
-        main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    shown = capsys.readouterr()
-    return status, shown.out, shown.err
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole run of the main job, in a process of its own."""
     out = tmp_path_factory.mktemp("job") / "out"
-    command = [sys.executable, "-m", "vitreous", "slim", "--limit", "100", "--calibrate", "32", "--out", str(out)]
-    command += ["--steps", "EViT(keep=0.5), RepQ()"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    words = [sys.executable, "-m", "vitreous", "slim", "--limit", "100", "--calibrate", "32", "--out", str(out)]
+    words += ["--steps", "EViT(keep=0.5), RepQ()"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "shipped" in done.stdout and "Traceback" not in done.stderr
     return out
@@ -69,7 +57,7 @@ def test_a_stopped_job_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     arguments = ["slim", "--limit", "8", "--calibrate", "4", "--steps", steps, "--resume", str(tmp_path / "kept")]
     counts = []
     for _ in range(2):
-        status, _, error = run(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"))
+        status, _, error = command(monkeypatch, capsys, *arguments, "--out", str(tmp_path / "out"))
         assert status and "stopped here" in error
         counts.append(len(learned))
     assert counts[0] > 0 and counts[1] == counts[0], "the second run must take what the first one made"
@@ -112,7 +100,7 @@ def test_default_recipe_ships_float_when_integers_do_not_run(
 
     monkeypatch.setattr(vitreous.cli.job, "ship_all", no_integers)
     arguments = ["slim", "--limit", "64", "--calibrate", "16", "--budget", "100", "--out", str(tmp_path / "out")]
-    status, out, _ = run(monkeypatch, capsys, *arguments)
+    status, out, _ = command(monkeypatch, capsys, *arguments)
     assert status == 0 and refused
     assert "int8 was not shipped: this machine has no integers" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == WRITTEN
@@ -123,14 +111,14 @@ def test_default_recipe_ships_float_when_integers_do_not_run(
 
 def test_a_second_run_does_not_overwrite(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     before = (job / "proof.json").read_bytes()
-    status, _, error = run(monkeypatch, capsys, "slim", "--out", str(job))
+    status, _, error = command(monkeypatch, capsys, "slim", "--out", str(job))
     assert status == 2 and "not empty" in error and error.count("\n") == 1
     assert (job / "proof.json").read_bytes() == before
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vitreous", "slim", "--out", str(tmp_path / "out")]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "vitreous", "slim", "--out", str(tmp_path / "out")]
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not list(tmp_path.glob(".out.*")) and time.time() < deadline:
         time.sleep(0.1)
@@ -222,7 +210,7 @@ def test_bad_input(case: str, odd: Path, monkeypatch: pytest.MonkeyPatch, capsys
     arguments, message = BAD[case]
     monkeypatch.chdir(odd)
     before = {p: p.stat().st_mtime_ns for p in odd.rglob("*")}
-    status, out, error = run(monkeypatch, capsys, *arguments)
+    status, out, error = command(monkeypatch, capsys, *arguments)
     assert status == 2, error
     line = error.strip().splitlines()[-1]
     assert line.startswith("vitreous: ") and message in line and "Traceback" not in error and out == ""
@@ -234,32 +222,32 @@ def test_see_writes_a_picture_and_does_not_overwrite(
 ) -> None:
     for method in ("rollout", "attention", "grad_cam"):
         out = tmp_path / f"{method}.png"
-        status, said, _ = run(monkeypatch, capsys, "see", str(odd / "good.png"), "--method", method, "--out", str(out))
+        status, said, _ = command(monkeypatch, capsys, "see", str(odd / "good.png"), "--method", method, "--out", str(out))
         assert status == 0 and "class" in said
         assert Image.open(out).size[0] > 2 * 200
-    status, _, error = run(monkeypatch, capsys, "see", str(odd / "good.png"), "--out", str(out))
+    status, _, error = command(monkeypatch, capsys, "see", str(odd / "good.png"), "--out", str(out))
     assert status == 2 and "exists" in error
 
 
 def test_see_draws_tokens(tmp_path: Path, odd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     vt.save(vt.slim(vt.open(), vt.tokens.EViT(keep=0.5)), tmp_path / "s.safetensors")
     arguments = ("see", str(odd / "good.png"), str(tmp_path / "s.safetensors"), "--tokens", "--out", str(tmp_path / "t.png"))
-    status, _, error = run(monkeypatch, capsys, *arguments)
+    status, _, error = command(monkeypatch, capsys, *arguments)
     assert status == 0, error
     assert Image.open(tmp_path / "t.png").size[0] > 4 * 200, "the picture and three reductions"
 
 
 def test_anatomy_and_systems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(monkeypatch, capsys, "anatomy")
+    status, out, _ = command(monkeypatch, capsys, "anatomy")
     assert status == 0 and "grid (7, 7)" in out and "plain" in out
-    status, out, _ = run(monkeypatch, capsys, "systems", "--json")
+    status, out, _ = command(monkeypatch, capsys, "systems", "--json")
     rows = json.loads(out)
     assert status == 0 and {"evit", "tome", "repq-vit"} <= {r["slug"] for r in rows}
     for row in rows:
         for entry in row["entry"].split(", "):
             part = pkgutil.resolve_name(entry)
             assert callable(part) or part.__name__ == entry, entry
-    status, out, _ = run(monkeypatch, capsys, "systems", "--family", "quant")
+    status, out, _ = command(monkeypatch, capsys, "systems", "--family", "quant")
     assert status == 0 and "tokens" not in out
 
 

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import command
 
 import vitreous as vt
-from vitreous.cli import main
 from vitreous.see import methods
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `vitreous …`."""
-    monkeypatch.setattr(sys, "argv", ["vitreous", *arguments])
-    status = 0
-    try:
-        main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 @pytest.fixture
@@ -37,7 +24,7 @@ def test_methods_and_classes(photo: Path, monkeypatch: pytest.MonkeyPatch, capsy
     drawn = {}
     for method, options in (("layer_cam", []), ("lrp", ["--target", "3"]), ("layer_cam", ["--target", "3"])):
         file = photo.with_name(f"{method}{len(options)}.png")
-        status, said, error = run(monkeypatch, capsys, "see", str(photo), "--method", method, *options, "--out", str(file))
+        status, said, error = command(monkeypatch, capsys, "see", str(photo), "--method", method, *options, "--out", str(file))
         assert status == 0 and f"{method} written to {file}" in said, error
         drawn[file.name] = np.asarray(Image.open(file), int)
     assert np.abs(drawn["layer_cam0.png"] - drawn["layer_cam2.png"]).max() > 10, "another class, another map"
@@ -47,7 +34,7 @@ def test_methods_and_classes(photo: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (["--target", "3"], "whatever the class"),
     )
     for options, match in refused:
-        status, _, error = run(monkeypatch, capsys, "see", str(photo), *options, "--out", str(photo.with_name("no.png")))
+        status, _, error = command(monkeypatch, capsys, "see", str(photo), *options, "--out", str(photo.with_name("no.png")))
         assert status == 2 and match in error and error.count("\n") == 1
     assert not photo.with_name("no.png").exists()
 
@@ -55,23 +42,23 @@ def test_methods_and_classes(photo: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_a_failed_sanity_check_is_said(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = {"model": "m", "correlation": 0.9, "bound": 0.5, "passes": False, "images": 4, "date": "2026-01-02"}
     monkeypatch.setattr(methods, "sanity", lambda: {"rollout": {"m": found}})
-    _, _, error = run(monkeypatch, capsys, "see", str(photo), "--method", "rollout")
+    _, _, error = command(monkeypatch, capsys, "see", str(photo), "--method", "rollout")
     assert "caution: rollout fails the sanity check" in error
-    _, _, error = run(monkeypatch, capsys, "see", str(photo), "--method", "attention")
+    _, _, error = command(monkeypatch, capsys, "see", str(photo), "--method", "attention")
     assert error == ""
 
 
 def test_faithful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "f.json"
     arguments = ("faithful", "--limit", "4", "--methods", "attention, grad_cam", "--json", str(file))
-    status, said, error = run(monkeypatch, capsys, *arguments)
+    status, said, error = command(monkeypatch, capsys, *arguments)
     assert status == 0 and "attention" in said and "grad_cam" in said and "insertion" in said, error
     read = json.loads(file.read_text())
     assert [r["name"] for r in read["rows"]] == ["attention", "grad_cam"] and read["images"] == 4
     assert len(read["rows"][0]["sanity"]) == 5
-    status, _, error = run(monkeypatch, capsys, *arguments)
+    status, _, error = command(monkeypatch, capsys, *arguments)
     assert status == 2 and "exists" in error and error.count("\n") == 1
-    status, _, error = run(monkeypatch, capsys, "faithful", "--methods", "atention")
+    status, _, error = command(monkeypatch, capsys, "faithful", "--methods", "atention")
     assert status == 2 and "did you mean attention" in error
-    status, _, error = run(monkeypatch, capsys, "faithful", "--data", str(tmp_path / "none"))
+    status, _, error = command(monkeypatch, capsys, "faithful", "--data", str(tmp_path / "none"))
     assert status == 2 and "does not exist" in error and "Traceback" not in error

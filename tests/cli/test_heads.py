@@ -9,26 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import command
 
 import vitreous as vt
-from vitreous.cli import main
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `vitreous heads …`."""
-    monkeypatch.setattr(sys, "argv", ["vitreous", "heads", *arguments])
-    status = 0
-    try:
-        main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 def test_tables_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--limit", "12", "--csv", str(tmp_path / "heads.csv"), "--json", str(tmp_path / "heads.json"))
-    status, said, error = run(monkeypatch, capsys, *arguments)
+    status, said, error = command(monkeypatch, capsys, "heads", *arguments)
     assert status == 0, error
     for title in ("importance", "mean attention distance", "entropy of attention", "pattern", "Kendall's τ", "heads.csv"):
         assert title in said
@@ -41,7 +29,7 @@ def test_tables_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for row, kept, expected in zip(rows, stored, far.rows(), strict=True):
         assert float(row["distance"]) == kept["distance"] == pytest.approx(expected["distance"], rel=1e-4)
         assert row["pattern"] == kept["pattern"] and {"loss", "loss_low", "taylor", "entropy", "cluster"} <= set(row)
-    status, _, error = run(monkeypatch, capsys, *arguments)
+    status, _, error = command(monkeypatch, capsys, "heads", *arguments)
     assert status == 2 and "exists" in error
 
 
@@ -49,7 +37,7 @@ def test_parquet_names_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not there
-    status, _, error = run(monkeypatch, capsys, "--parquet", str(tmp_path / "h.parquet"))
+    status, _, error = command(monkeypatch, capsys, "heads", "--parquet", str(tmp_path / "h.parquet"))
     assert status == 2 and "vitreous[parquet]" in error and not list(tmp_path.iterdir())
 
 
@@ -67,12 +55,12 @@ def test_refusals(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, error = run(monkeypatch, capsys, *arguments)
+    status, out, error = command(monkeypatch, capsys, "heads", *arguments)
     assert status == 2 and message in error and error.count("\n") == 1 and out == ""
 
 
 def test_a_saved_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = vt.open()
     vt.save(vt.slim(model, vt.tokens.EViT(keep=0.5, at=(0,))), tmp_path / "m.safetensors")
-    status, said, error = run(monkeypatch, capsys, str(tmp_path / "m.safetensors"), "--limit", "8")
+    status, said, error = command(monkeypatch, capsys, "heads", str(tmp_path / "m.safetensors"), "--limit", "8")
     assert status == 0 and "one pass a head" in said, error

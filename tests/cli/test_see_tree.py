@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import command
 
 import vitreous as vt
-from vitreous.cli import main
 from vitreous.models.dependencyvit import dependency_tree
 from vitreous.see.tree import COLOURS, DARK, coloured, draw_tree, outwards
-
-
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `vitreous see …`."""
-    monkeypatch.setattr(sys, "argv", ["vitreous", "see", *arguments])
-    status = 0
-    try:
-        main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +29,14 @@ def test_writes_picture_and_tree_side_by_side(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = (str(folder / "photo.png"), str(folder / "m.safetensors"), "--tree")
-    status, said, error = run(monkeypatch, capsys, *arguments)
+    status, said, error = command(monkeypatch, capsys, "see", *arguments)
     assert status == 0 and "photo.tree.png" in said, error
     drawn = np.asarray(Image.open(folder / "photo.tree.png"), int)
     height, width, _ = drawn.shape
     assert width == 2 * height + 8 and height >= 300
     plain, tree = drawn[:, :height], drawn[:, -height:]
     assert np.abs(plain - tree).mean() > 10, "one panel is the picture, the other the tree on it"
-    status, _, error = run(monkeypatch, capsys, *arguments)
+    status, _, error = command(monkeypatch, capsys, "see", *arguments)
     assert status == 2 and "exists" in error
 
 
@@ -65,7 +52,7 @@ def test_refusals(
     options: list[str], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    status, out, error = run(monkeypatch, capsys, "photo.png", *options, "--out", "none.png")
+    status, out, error = command(monkeypatch, capsys, "see", "photo.png", *options, "--out", "none.png")
     assert status == 2 and message in error and error.count("\n") == 1 and out == ""
     assert not (folder / "none.png").exists()
 

@@ -6,11 +6,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-from support import fill, golden
+from support import golden, official_state
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,14 +22,6 @@ from vitreous.ship import ship_all
 from vitreous.tokens import EViT
 
 SMALL: dict[str, Any] = dict(img_size=64, embed_dim=48, depth=4, num_heads=3, stage_blocks=(1, 1, 2), num_classes=7)
-
-
-def official_state(info: dict[str, Any]) -> dict[str, Tensor]:
-    """The golden's weights under the official names; what constructors compute is zero."""
-    return {
-        name: torch.zeros(shape, dtype=torch.long) if kind == "fixed" else torch.from_numpy(np.asarray(fill(name, tuple(shape))))
-        for name, shape, kind in info["state"]
-    }
 
 
 def small(**kwargs: Any) -> nn.Module:

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from scipy.stats import kendalltau
-from support import small_vit
+from support import from_timm, small_vit
 from torch import Tensor, nn
 
 from vitreous import see
@@ -26,16 +26,6 @@ from vitreous.see.head_importance import kendall
 from vitreous.see.stream import Means, interval
 from vitreous.steps import slim
 from vitreous.tokens import EViT
-
-
-def from_timm(name: str, **kwargs: Any) -> nn.Module:
-    torch.manual_seed(0)
-    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
-    model = timm.create_model(name, **{**shape, **kwargs}).eval()
-    for p in model.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.15)
-    return model
 
 
 def scaled() -> nn.Module:

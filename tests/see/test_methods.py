@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from support import small_vit
-from test_see import LAYOUTS
+from support import LAYOUTS, small_vit
 from torch import Tensor, nn
 
 from vitreous import see

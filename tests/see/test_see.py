@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from support import small_vit
+from support import LAYOUTS, from_timm, pooled, small_vit
 from torch import Tensor, nn
 
 from vitreous import see
@@ -34,31 +34,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 CAMS = (see.grad_cam, see.grad_cam_pp, see.layer_cam, see.eigen_cam)
 EVERY = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 SAME = dict(atol=1e-6, rtol=1e-4)
-
-
-def pooled(**kwargs: Any) -> nn.Module:
-    return small_vit(class_token=False, global_pool="avg", **kwargs)
-
-
-def from_timm(name: str, **kwargs: Any) -> nn.Module:
-    torch.manual_seed(0)
-    shape = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
-    model = timm.create_model(name, **{**shape, **kwargs}).eval()
-    for p in model.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.15)
-    return model
-
-
-# layout: (model, prefix tokens, whether its class token is read)
-LAYOUTS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
-    "class token": (small_vit, 1, True),
-    "registers": (lambda: from_timm("vit_small_patch14_reg4_dinov2"), 5, True),
-    "distilled": (lambda: from_timm("deit_tiny_distilled_patch16_224"), 2, True),
-    "average": (pooled, 0, False),
-    "registers, average": (lambda: pooled(reg_tokens=2), 2, False),
-    "class token, average": (lambda: small_vit(global_pool="avg"), 1, False),
-}
 
 
 def product(model: nn.Module, x: Tensor, prefix: int, class_row: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Architectures, registered with timm on import: `timm.create_model("sit_tiny")` works after `import vitreous.models`."""
 
-from . import bundled, dependencyvit, dyn_perceiver, early_exit, lookupvit, sit, sparseformer, stvit
+from . import bundled, dependencyvit, dyn_perceiver, early_exit, lookupvit, sit, sparseformer, stvit, van
 from .official import load_official, variants
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "sit",
     "sparseformer",
     "stvit",
+    "van",
     "variants",
 ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..errors import VitreousError, nearest
@@ -21,6 +25,52 @@ def official(name: str, build: Build, convert: Convert = dict) -> None:
     `build(**kwargs)` gives the model; `convert` turns the official state dict into ours and must use every tensor.
     """
     _published[name] = build, convert
+
+
+def publish(
+    cls: type[nn.Module],
+    name: str,
+    arguments: Mapping[str, Any],
+    *,
+    variant: str,
+    convert: Convert = dict,
+    doc: str = "",
+    size: int = 224,
+    maps: int = 4,
+    **cfg: Any,
+) -> None:
+    """Register `cls(**arguments)` with timm as `name`, and with `load_official` as `variant` ("system--official name").
+
+    convert: as in `official`. size: pixels a side of the images it was published for. `cfg`: other entries of timm's pretrained
+    configuration than ImageNet's (`fixed_input_size`, `first_conv`, `crop_pct`, `num_classes`, …). maps: how many stages a
+    pyramid has, whose maps `features_only=True` gives.
+    """
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        features = dict(out_indices=tuple(range(maps)), feature_cls="getter") if hasattr(cls, "forward_intermediates") else None
+        return cast(nn.Module, build_model_with_cfg(cls, name, pretrained, feature_cfg=features, **{**arguments, **kwargs}))
+
+    whole = dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        crop_pct=0.9,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        classifier="head",
+    )
+    build.__name__, build.__module__, build.__doc__ = name, cls.__module__, doc or f"{cls.__name__}, published as {variant}."
+    configurations = vars(sys.modules[cls.__module__]).setdefault("default_cfgs", {})
+    configurations.update(generate_default_cfgs({name: {**whole, **cfg}}))
+    register_model(build)
+    official(variant, build, convert)
+
+
+def renamed(state: Mapping[str, Tensor], *rules: tuple[str, str]) -> dict[str, Tensor]:
+    """The tensors under new names: each rule is a regular expression and what `re.sub` puts in its place, in this order."""
+    for pattern, to in rules:
+        state = {re.sub(pattern, to, name): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def variants() -> list[str]:
