@@ -6,6 +6,7 @@ Facts from the official repository, Visual-Attention-Network/VAN-Classification.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class VAN(Pyramid):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(embed_dims, (4, 8, 16, 32), drop_rate)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
         for i, width in enumerate(embed_dims):
             embed = conv_norm(in_chans, width, 3 if i else 7, 2 if i else 4, bias=True)
             hidden = width * mlp_ratios[i]
