@@ -198,7 +198,7 @@ def test_parts_recompose_to_what_the_layer_gave(images: Tensor, fused: bool) -> 
         with torch.no_grad():
             torch.testing.assert_close(emit(attn, view.attention @ view.v, images), view.output, **SAME)
     with torch.no_grad():
-        torch.testing.assert_close(model.head(model.norm(g.views[-1].block)[:, 0]), model(images), **SAME)  # type: ignore
+        torch.testing.assert_close(model.head(model.norm(g.views[-1].block)[:, 0]), model(images), **SAME)
 
 
 def fused_kernels(model: nn.Module, x: Tensor) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .errors import VitreousError, nearest
+from .files import write_whole
 from .models.bundled import vit_fashion
 from .steps import History, history_of, make_step, refuse_nan
 
@@ -146,18 +146,6 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     write_whole(path, save(state, {KEY: json.dumps(about), "format": "pt"}))
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    except OSError as error:
-        raise VitreousError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:

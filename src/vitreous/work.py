@@ -7,17 +7,17 @@ Outside of a `Work` both do nothing.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .errors import VitreousError
+from .files import write_whole
 
 
 class Work:
@@ -64,11 +64,9 @@ def part(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     made = {k: v.detach().contiguous() for k, v in make().items()}
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        save_file(made, aside)
-        os.replace(aside, path)
     except OSError as error:
         raise VitreousError(f"cannot keep {path}: {error.strerror or error}") from error
+    write_whole(path, save(made))
     return made
 
 

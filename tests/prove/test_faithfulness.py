@@ -74,12 +74,12 @@ class TestCurves:
             assert getattr(found["lies"], curve).gain.high < -0.1
             gain = getattr(found["nothing"], curve).gain
             assert gain.value == gain.low == gain.high == 0, "an order of equals is the random one"
-        assert found["knows"].insertion.area.value > 0.8 > 0.3 > found["knows"].deletion.area.value  # type: ignore
+        assert found["knows"].insertion.area.value > 0.8 > 0.3 > found["knows"].deletion.area.value
         assert found.whole > 0.9 and found.blank < 0.1
 
     def test_the_score_is_that_of_the_labels(self, bright: Tensor) -> None:
         one, other = (faithfulness(Corner(), {"k": knows}, bright, torch.full((24,), c), sanity_images=1) for c in (1, 0))
-        assert other["k"].insertion.area.value == pytest.approx(1 - one["k"].insertion.area.value, abs=1e-5)  # type: ignore
+        assert other["k"].insertion.area.value == pytest.approx(1 - one["k"].insertion.area.value, abs=1e-5)
 
     def test_a_model_that_only_embeds(self, vit: nn.Module, images: tuple[Tensor, Tensor], explain) -> None:
         vit.reset_classifier(0)
@@ -148,7 +148,7 @@ def test_results_are_written_and_the_same_again(tmp_path, bright: Tensor) -> Non
     assert one.rows == two.rows
     one.save(tmp_path / "f.json")
     read = json.loads((tmp_path / "f.json").read_text())
-    assert read["rows"][0]["insertion"]["gain"]["low"] == one["k"].insertion.gain.low  # type: ignore
+    assert read["rows"][0]["insertion"]["gain"]["low"] == one["k"].insertion.gain.low
     assert read["bound"] == 0.5 and read["machine"] and "k" in str(one)
 
 

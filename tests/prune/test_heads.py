@@ -64,7 +64,7 @@ def test_importance_is_that_of_the_attention_and_its_gradient(images: Tensor) ->
         args[0].retain_grad()
         given.append(args[0])
 
-    handles = [b.attn.proj.register_forward_pre_hook(keep) for b in model.blocks]  # type: ignore
+    handles = [b.attn.proj.register_forward_pre_hook(keep) for b in model.blocks]
     out = model(images)
     F.cross_entropy(out, out.argmax(1), reduction="sum").backward()
     for handle in handles:

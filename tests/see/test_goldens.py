@@ -45,7 +45,7 @@ def dinov2(info: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     model.head.weight.data = torch.from_numpy(fill("readout.weight", (10, 384)))
     with tarfile.open(SHARED / "data/imagenet-sample.tar") as tar:
         member = next(m for m in tar.getmembers() if m.name.endswith(info["input"]["photo"]))
-        photo = np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB"))  # type: ignore
+        photo = np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB"))
     top, left = round((photo.shape[0] - 224) / 2), round((photo.shape[1] - 224) / 2)
     crop = np.ascontiguousarray(photo[top : top + 224, left : left + 224])
     assert zlib.crc32(crop.tobytes()) == info["input"]["crop_crc32"]

@@ -94,7 +94,7 @@ def test_slimmed_models_and_pruned_heads(pictures: Tensor) -> None:
     assert see.patterns(small, pictures).labels[0].tolist() == ["neighbour: left", "self", "global"]
     pruned = slim(small_vit(), Heads(share=0.34), pictures)
     found = see.patterns(pruned, pictures)
-    left = [len(pruned.get_submodule(n).proj.weight[0]) // 16 for n in found.layers]  # type: ignore
+    left = [len(pruned.get_submodule(n).proj.weight[0]) // 16 for n in found.layers]
     assert [int((row > 0).sum()) for row in found.clusters] == left and sum(left) == 8
     assert np.isnan(found.at[found.clusters == 0]).all() and (found.labels[found.clusters == 0] == "").all()
     assert len(found.rows()) == 8 and all(r["pattern"] for r in found.rows())

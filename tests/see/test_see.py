@@ -88,7 +88,7 @@ def test_attention_of_any_layer_head_and_query(vit: nn.Module, images: Tensor) -
         a = g.attention[layer]
         a = a.mean(1) if head == "mean" else a[:, head]
         expected = a[:, 0 if query == "class" else 1 + int(query), 1:].unflatten(1, (4, 4))
-        torch.testing.assert_close(see.attention(vit, images, layer, head, query), expected, **SAME)  # type: ignore
+        torch.testing.assert_close(see.attention(vit, images, layer, head, query), expected, **SAME)
 
 
 def test_rollout_fuses_and_discards(vit: nn.Module, images: Tensor) -> None:
@@ -126,7 +126,7 @@ def test_grad_cam_is_what_autograd_gives_at_the_last_norm1(images: Tensor) -> No
         out.retain_grad()
         kept.append(out)
 
-    handle = model.blocks[-1].norm1.register_forward_hook(keep)  # type: ignore
+    handle = model.blocks[-1].norm1.register_forward_hook(keep)
     target = torch.tensor([0, 3, 6, 1, 1, 2])
     model(images).gather(1, target[:, None]).sum().backward()
     handle.remove()

@@ -107,7 +107,7 @@ def vit() -> VisionTransformer:
     model = VisionTransformer(
         img_size=32, patch_size=8, in_chans=1, num_classes=7, embed_dim=32, depth=2, num_heads=2, pos_embed="learn"
     )
-    model.pretrained_cfg = {"input_size": (1, 32, 32)}  # pyright: ignore
+    model.pretrained_cfg = {"input_size": (1, 32, 32)}
     return model.train()
 
 
@@ -123,7 +123,7 @@ def shipped(vit: VisionTransformer, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def small() -> nn.Module:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-    model.pretrained_cfg = {"input_size": (1, 8, 8)}  # pyright: ignore
+    model.pretrained_cfg = {"input_size": (1, 8, 8)}
     return model.train()
 
 

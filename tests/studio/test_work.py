@@ -25,7 +25,7 @@ def test_answers_and_progress_come_back() -> None:
 )
 def test_failures_are_told(job: object, said: str) -> None:
     with pytest.raises(VitreousError, match=said):
-        asyncio.run(Work(job).result())  # type: ignore[arg-type]
+        asyncio.run(Work(job).result())
 
 
 def test_stopping_is_immediate(tmp_path: Path) -> None:

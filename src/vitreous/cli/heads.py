@@ -29,6 +29,7 @@ def heads(
     from .. import store
     from ..data import open_data
     from ..errors import VitreousError
+    from ..files import write_whole
     from ..rows import as_csv, as_json, as_parquet, need_parquet
     from ..see.distance import distance
     from ..see.head_importance import head_importance
@@ -75,7 +76,7 @@ def heads(
         merged[r["layer"], r["head"]] |= r
     write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}
     for kind, target in targets.items():
-        store.write_whole(target, write[kind](list(merged.values())))
+        write_whole(target, write[kind](list(merged.values())))
         console.print(f"written to {target}", highlight=False)
 
 

@@ -33,6 +33,7 @@ def see(
     from ..data.pictures import Unreadable, read_picture
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
+    from ..files import write_whole
     from ..models.dependencyvit import dependency_tree
     from ..prove.drawing import enlarge, overlay, survival
     from ..see.methods import CLASSLESS
@@ -79,7 +80,7 @@ def see(
         left += p.width + 8
     buffer = io.BytesIO()
     sheet.convert("RGB").save(buffer, "PNG")
-    store.write_whole(file, buffer.getvalue())
+    write_whole(file, buffer.getvalue())
     if logits.shape[-1] == getattr(net, "num_classes", 0):
         best = logits[0].softmax(-1)
         print(f"class {int(best.argmax())}, probability {float(best.max()):.3f}")

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
@@ -22,8 +18,8 @@ from torchvision.transforms.functional import gaussian_blur
 from ..anatomy import read
 from ..errors import VitreousError
 from .machine import describe
-from .proof import _plain, write_aside
 from .randomisation import Stage, stages
+from .result import Result
 from .statistics import Interval, bootstrap_mean, wilson
 from .subject import at_rest, caller
 
@@ -62,7 +58,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Faithfulness:
+class Faithfulness(Result):
     """What `faithfulness` found. `print(it)`, or `it.save("faithfulness.json")`."""
 
     rows: list[Measure]
@@ -85,20 +81,6 @@ class Faithfulness:
 
     def __rich__(self) -> Table:
         return _table(self)
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None)
-        with console.capture() as shown:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in shown.get().splitlines())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every figure, as JSON holds it: NaN and infinities become None."""
-        return _plain(asdict(self))
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON. Raises `VitreousError` when `path` cannot be written, and leaves it as it was."""
-        write_aside(path, json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def faithfulness(

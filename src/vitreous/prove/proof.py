@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -24,6 +17,7 @@ from .cost import Cost, cost
 from .drift import Drift, Explain, drifts
 from .latency import Latency, latencies
 from .machine import describe
+from .result import Result
 from .subject import Model, at_rest, caller, simulated
 from .table import table
 
@@ -57,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Proof:
+class Proof(Result):
     """Paired measurements; the first of `models` is the reference. `print(proof)`, or `proof.save("proof.json")`."""
 
     models: list[Measured]
@@ -79,19 +73,9 @@ class Proof:
     def __rich__(self) -> Table:
         return table(self)
 
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=max(80, 24 + 22 * len(self.models)), color_system=None)
-        with console.capture() as shown:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in shown.get().splitlines())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every figure, as JSON holds it: NaN and infinities become None."""
-        return _plain(asdict(self))
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON. Raises `VitreousError` when `path` cannot be written, and leaves it as it was."""
-        write_aside(path, json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    @property
+    def width(self) -> int:
+        return max(80, 24 + 22 * len(self.models))
 
 
 def prove(
@@ -186,20 +170,6 @@ def prove(
     )
 
 
-def write_aside(path: str | Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all. Raises `VitreousError` when that cannot be done."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise VitreousError(f"cannot write {path}: {error.strerror}; choose a folder with room to write in") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
 def _is_data(data: Any) -> TypeGuard[Data]:
     return hasattr(data, "batches")
 
@@ -220,13 +190,3 @@ def _batches(data: Any) -> Iterator[tuple[Tensor, Any]]:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise VitreousError(f"batch {b} of the data: give (images, labels), or (images, None) without labels")
             yield batch[0], batch[1]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,10 +16,11 @@ from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from ..files import write_whole
 from .answers import Guess
 from .drawing import colour_bar, data_uri, enlarge, overlay, survival, tokens_left
 from .drift import as_shares, total_variation
-from .proof import Measured, Proof, write_aside
+from .proof import Measured, Proof
 from .table import caption, rows, signed
 from .verdict import drifted, verdict
 
@@ -85,7 +86,7 @@ def write_report(
         notes=[note for note in (proof.note, *notes) if note],
         nonce=secrets.token_urlsafe(16),
     )
-    write_aside(path, text)
+    write_whole(path, text)
 
 
 def _tiles(proof: Proof, m: Measured) -> list[dict[str, str]]:

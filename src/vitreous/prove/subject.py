@@ -28,7 +28,8 @@ def simulated(model: Model) -> str | None:
 
 
 def caller(name: str, model: Model) -> Callable[[Tensor], Tensor]:
-    """`model` as a function from images to outputs `[B, K]` float32, both on the CPU.
+    """`model` as a function from images to outputs `[B, K]` float32, both on the CPU; on meta where the model is, which has nothing
+    to bring home.
 
     Bringing the answer home waits for a GPU to finish, so that timing the function times the model.
     Raises `VitreousError` naming the model when it fails or gives something else.
@@ -50,7 +51,8 @@ def caller(name: str, model: Model) -> Callable[[Tensor], Tensor]:
                 f"model {name!r} gives {got} for images of shape {list(x.shape)}; prove needs one tensor [B, K] "
                 "of logits or features: wrap the model in a function that returns it"
             )
-        return out.detach().float().cpu()
+        out = out.detach().float()
+        return out if out.is_meta else out.cpu()
 
     return call
 

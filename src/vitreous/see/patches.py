@@ -33,7 +33,7 @@ def grid_of(model: nn.Module, x: Tensor, purpose: str) -> tuple[Anatomy, tuple[i
     return anatomy, anatomy.grid
 
 
-def check_images(x: Tensor) -> None:
+def check_images(x: Any) -> None:
     if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
         shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise VitreousError(f"images must be a tensor [B, C, H, W], not {shape}: x[None] adds a batch axis")

@@ -6,7 +6,7 @@ Nothing here grows with the number of images.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,10 +42,12 @@ def batches(images: Images, labels: Tensor | None, size: int, model: nn.Module) 
     if size < 1:
         raise VitreousError(f"batch must be at least 1, not {size}")
     if isinstance(images, Tensor) or not hasattr(images, "batches"):
-        check_images(images)  # type: ignore[arg-type]
+        check_images(images)
+        assert isinstance(images, Tensor)
         if labels is not None and list(labels.shape) != [len(images)]:
             raise VitreousError(f"labels {list(labels.shape)} do not fit {len(images)} images: one class number each")
-        pairs: Any = zip(images.split(size), labels.split(size) if labels is not None else [None] * len(images))  # type: ignore
+        of_each: Sequence[Tensor | None] = [None] * len(images) if labels is None else labels.split(size)
+        pairs: Iterable[tuple[Tensor, Tensor | None]] = zip(images.split(size), of_each, strict=False)
     elif labels is not None:
         raise VitreousError("a data set has its own labels: give labels= with a tensor of images only")
     else:

@@ -55,7 +55,7 @@ def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | Non
     embedded: list[Any] = []
     handles = [b.register_forward_pre_hook(lambda _, args: before.append(args[0])) for b in blocks]
     handles += [b.register_forward_hook(lambda _, args, out: after.append(out)) for b in blocks]
-    handles += [b.norm2.register_forward_pre_hook(lambda _, args: middle.append(args[0])) for b in blocks]  # type: ignore
+    handles += [b.get_submodule("norm2").register_forward_pre_hook(lambda _, args: middle.append(args[0])) for b in blocks]
     if isinstance(embed, nn.Module):
         handles.append(embed.register_forward_hook(lambda _, args, out: embedded.append(out)))
     try:
