@@ -100,16 +100,16 @@ LAYOUTS: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
 }
 
 
-def uneven_vit() -> nn.Module:
-    """As in real ViTs, a few channels of the LayerNorms are far wider than the rest, and some far from zero."""
+def uneven_vit(wide: float = 25, off: float = 8) -> nn.Module:
+    """As in real ViTs, a few channels of the LayerNorms are `wide` times as wide as the rest, and some `off` zero."""
     model = small_vit(depth=2)
     with torch.no_grad():
         for block in model.blocks:
             for norm in (block.norm1, block.norm2):
-                norm.weight[:4] *= 25
-                norm.bias[4:8] += 8
+                norm.weight[:4] *= wide
+                norm.bias[4:8] += off
             for layer in (block.attn.qkv, block.mlp.fc1):
-                layer.weight[:, :4] /= 25
+                layer.weight[:, :4] /= wide
     return model
 
 

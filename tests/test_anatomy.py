@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from support import small_vit
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
@@ -133,7 +134,6 @@ def test_torchvision() -> None:
 
 
 def test_hugging_face() -> None:
-    transformers = pytest.importorskip("transformers")
     config = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
     found = read(transformers.ViTModel(transformers.ViTConfig(**config)))
     assert (found.grid, found.prefix, found.class_token, len(found.blocks)) == ((4, 4), 1, True, 2)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from support import small_vit
 from timm.models.gcvit import GlobalContextVit
 from timm.models.volo import VOLO
@@ -162,7 +163,6 @@ def test_torchvision_interventions(tv: nn.Module, images: Tensor) -> None:
 
 
 def test_hugging_face(images: Tensor) -> None:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     model = transformers.ViTModel(transformers.ViTConfig(**shape, image_size=32, patch_size=8)).eval()

@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from support import error, small_vit
+from support import error, small_vit, uneven_vit
 from torch import Tensor, nn
 
 import vitreous.quant.auto as auto_module
@@ -21,14 +21,9 @@ from vitreous.tokens import MCTF, EViT
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     """As in real ViTs, a few channels are far wider than the rest, of LayerNorms, of values and behind the GELU."""
-    model = small_vit(depth=2)
+    model = uneven_vit(wide=20)
     with torch.no_grad():
         for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight[:4] *= 20
-                norm.bias[4:8] += 8
-            for layer in (block.attn.qkv, block.mlp.fc1):
-                layer.weight[:, :4] /= 20
             block.attn.qkv.bias[-6:] += 10
             block.mlp.fc1.weight[:3] *= 10
             block.mlp.fc2.weight[:, :3] /= 10

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import error, small_vit
+from support import error, small_vit, uneven_vit
 from torch import Tensor, nn
 
 from vitreous.quant.layers import FakeQuantizer, Quantizer, QuantLinear, quant_layers
@@ -27,16 +27,7 @@ def model() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def off_centre() -> nn.Module:
-    """As in real ViTs, a few channels of the LayerNorms are wide, and some far from zero."""
-    model = small_vit(depth=2)
-    with torch.no_grad():
-        for block in model.blocks:
-            for norm in (block.norm1, block.norm2):
-                norm.weight[:4] *= 25
-                norm.bias[4:8] += 20
-            for layer in (block.attn.qkv, block.mlp.fc1):
-                layer.weight[:, :4] /= 25
-    return model
+    return uneven_vit(off=20)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,19 @@ from typing import Any
 
 import pytest
 from PIL import Image
-
-pytest.importorskip("nicegui")
-playwright = pytest.importorskip("playwright.sync_api")
+from playwright import sync_api as playwright
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+# The head of the first point of the scatter, where on the screen it is, and the left, top, width and height of the plot.
+POINT = """() => {
+    const plot = [...document.querySelectorAll(".js-plotly-plot")].find(p => p.data.some(t => t.customdata));
+    const at = plot.getBoundingClientRect(), { xaxis: x, yaxis: y } = plot._fullLayout, trace = plot.data[0];
+    const left = at.x + x._offset, top = at.y + y._offset;
+    return [trace.customdata[0], [left + x.l2p(trace.x[0]), top + y.l2p(trace.y[0])], [left, top, x._length, y._length]];
+}"""
+LASSO = ((0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.05))  # shares of the plot
 WAIT = 120_000  # milliseconds: the machine may be busy with other tests
 
 
@@ -172,10 +178,20 @@ def test_a_study_links_matrix_and_patterns(page: Any) -> None:
     told(page, "Studied on 16 pictures.")
     page.get_by_role("tab", name="Patterns").click()
     told(page, "32 heads, on 16 pictures.")
-    points = page.locator(".scatterlayer .point")
-    points.first.wait_for()
-    assert points.count() >= 32
-    points.nth(4).dispatch_event("click")
+    page.locator(".scatterlayer .point").first.wait_for()
+    head, at, (left, top, width, height) = page.evaluate(POINT)
+    page.mouse.click(*at)
+    page.wait_for_url(re.compile(rf"layer={head[0]}&head={head[1]}\b"))
+    around = [(left + width * x, top + height * y) for x, y in LASSO]
+    page.mouse.move(*around[0])
+    page.mouse.down()
+    for corner in around[1:]:
+        page.mouse.move(*corner, steps=8)
+    page.mouse.up()
+    selected = told(page, re.compile(r"^\d+ heads selected\."))
+    assert 1 < int(selected.inner_text().split()[0]) <= 32
+    page.wait_for_timeout(1000)  # drawing again must not forget the selection
+    assert selected.is_visible()
     assert not page.failures
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("nicegui")
 from vitreous.errors import VitreousError
 from vitreous.studio import session as module
 from vitreous.studio.opened import Opened, Source

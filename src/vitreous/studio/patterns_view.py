@@ -45,15 +45,22 @@ def patterns_view(session: Session) -> None:
     async def selected(event: Any) -> None:
         chosen.clear()
         chosen.update(pick((event.args or {}).get("points", [])))
-        await refresh()
+        mark()
 
     async def cleared() -> None:
         chosen.clear()
-        await refresh()
+        mark()
 
     async def moved(event: Any) -> None:
         point = event.args["points"][0]
         await session.change(layer=int(point["x"]), head=int(point["y"]))
+
+    def mark() -> None:
+        """Show where the chosen heads are. The scatter stays as it is: drawn again it would forget the selection."""
+        found: apart.Study = session.opened.known["study"]
+        state = session.state
+        where.update_figure(matrix(session.opened.heads, found.rows, "pattern", (state.layer, state.head), chosen))
+        count.set_text(f"{len(chosen)} heads selected." if chosen else f"{len(found.rows)} heads, on {found.images} pictures.")
 
     async def refresh() -> None:
         if session.state.view != "patterns":
@@ -65,13 +72,11 @@ def patterns_view(session: Session) -> None:
         if found is None:
             return
         state = session.state
-        picked = state.layer, state.head
-        scatter.update_figure(_scatter(found.rows, picked))
-        where.update_figure(matrix(session.opened.heads, found.rows, "pattern", picked, chosen))
+        scatter.update_figure(_scatter(found.rows, (state.layer, state.head)))
+        mark()
         offsets.set_visibility(state.head >= 0)
         if state.head >= 0:
             offsets.update_figure(_offsets(found.offsets[state.layer, state.head]))
-        count.set_text(f"{len(chosen)} heads selected." if chosen else f"{len(found.rows)} heads, on {found.images} pictures.")
         shares.clear()
         with shares:
             for name, share in found.shares.items():
@@ -115,7 +120,7 @@ def _scatter(rows: Rows, picked: tuple[int, int]) -> go.Figure:
             figure.add_scatter(x=[row["x"]], y=[row["y"]], mode="markers", marker=ring, showlegend=False, hoverinfo="skip")
     figure.update_xaxes(showticklabels=False, zeroline=False)
     figure.update_yaxes(showticklabels=False, zeroline=False)
-    return plotted(figure, 460).update_layout(dragmode="lasso", legend=dict(orientation="h", y=-0.08))
+    return plotted(figure, 460).update_layout(dragmode="lasso", uirevision="kept", legend=dict(orientation="h", y=-0.08))
 
 
 def _offsets(values: Any) -> go.Figure:
