@@ -19,6 +19,7 @@ from .parts import exports, guarded, heading
 from .session import MAX_BYTES, Session
 
 SHOWN = 24  # pictures of the data on one page of the strip
+KEYS = "(e) => { if (e.key.startsWith('Arrow')) { e.preventDefault(); emit({key: e.key}); } }"
 ARROWS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (-1, 0), "ArrowDown": (1, 0)}
 
 
@@ -51,7 +52,7 @@ class _Picture:
             exports("attention", self.rows, self.svg)
         self.image = ui.interactive_image(on_mouse=guarded(self.clicked), events=["click"], sanitize=False)
         self.image.classes("w-full pixelated rounded-lg overflow-hidden").props("tabindex=0 role=application")
-        self.image.on("keydown", guarded(self.typed), args=["key"], js_handler=_KEYS)
+        self.image.on("keydown", guarded(self.typed), args=["key"], js_handler=KEYS)
         self.answer = ui.label().classes("text-sm font-medium")
         self.caption = ui.label().classes("text-sm studio-note").props("aria-live=polite")
         with ui.row().classes("w-full items-center gap-4 no-wrap"):
@@ -129,9 +130,6 @@ class _Picture:
 
     def svg(self) -> str:
         return whole_svg(self.base, self.content)
-
-
-_KEYS = "(e) => { if (e.key.startsWith('Arrow')) { e.preventDefault(); emit({key: e.key}); } }"
 
 
 class _Sheet:

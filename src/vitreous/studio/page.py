@@ -34,7 +34,7 @@ def serve(models: list[Opened], host: str, port: int, show: bool) -> None:
     app.add_middleware(BodyLimit, limit=MAX_BYTES + 2**20)
     app.on_exception(lambda error: print(f"vitreous studio: {type(error).__name__}: {error}"))
 
-    @ui.page("/", title="Vitreous studio")
+    @ui.page("/")
     def page(request: Request) -> None:
         draw(models, dict(request.query_params))
 
@@ -64,7 +64,7 @@ def draw(models: list[Opened], query: dict[str, str]) -> None:
             for name, (title, _) in VIEWS.items():
                 ui.tab(name, title)
         ui.space()
-        choice = ui.select({}, label="Model").props("dense outlined options-dense dark").classes("w-52 model-choice")
+        choice = ui.select({}, label="Model").props("dense outlined options-dense dark").classes("w-52")
         ui.button(icon="link", on_click=lambda: ui.run_javascript("copyLink()")).props(
             "flat round color=white aria-label='Copy a link to this view'"
         )
@@ -73,7 +73,7 @@ def draw(models: list[Opened], query: dict[str, str]) -> None:
         )
 
     built: set[str] = set()
-    with ui.tab_panels(tabs, keep_alive=True, animated=False).classes("w-full bg-transparent studio-panels"):
+    with ui.tab_panels(tabs, keep_alive=True, animated=False).classes("w-full bg-transparent"):
         panels = {}
         for name in VIEWS:
             with ui.tab_panel(name).classes("p-0"):
