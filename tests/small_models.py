@@ -39,5 +39,33 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "overlock": Small(
+        "overlock_xt",
+        dict(embed_dims=(16, 16, 16, 32), depths=(1, 1, 1, 1), sub_depths=(2, 1), sub_num_heads=(1, 2), kernels=(7, 7, 7, 7)),
+        attention=False,
+        unused=("aux_head",),  # reads the Overview-Net in `forward_auxiliary`
+    ),
+    "litv2": Small("litv2_s", dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 4, 4), alpha=0.5)),
+    "hornet": Small("hornet_tiny_gf", dict(img_size=64, base_dim=16, depths=(1, 1, 1, 1)), attention=False),
+    "cas-vit": Small("rcvit_xs", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
+    "pvt": Small("pvt_tiny", dict(img_size=64, embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))),
+    "lsnet": Small(
+        "lsnet_t",
+        dict(img_size=128, embed_dims=(16, 32, 32, 48), depths=(1, 2, 2, 2), num_heads=2, key_dim=8),
+        side=128,
+        other_side=None,
+        resized=dict(img_size=192),
+    ),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
+    "moh": Small(
+        "moh_transnext_base_50",
+        dict(embed_dims=(24,) * 4, num_heads=(6,) * 4, shared_head=(2,) * 4, routed_head=(2,) * 4, depths=(1, 1, 1, 1)),
+    ),
+    "t2t-vit": Small(
+        "t2t_vit_7",
+        dict(img_size=64, embed_dim=32, depth=2, num_heads=2),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=2, num_heads=3), attention=False),
 }

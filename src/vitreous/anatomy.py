@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a model is made of. `blocks` is empty for a model without attention."""
+    """What a model is made of. `blocks` is empty for a model without attention, or with none inside a residual block."""
 
     kind: str
     grid: tuple[int, int] | None  # patch rows and columns that enter the first block
@@ -91,8 +91,14 @@ class Anatomy:
 
     def require_plain(self, step: str) -> None:
         """Raise a `VitreousError` that names the first block which `step` cannot work in, and why."""
-        if not self.blocks:
+        if not self.attention:
             raise VitreousError(f"{step} works on attention, and {self.kind} has none: choose a transformer")
+        if not self.blocks:
+            alone = self.other_attention[0]
+            raise VitreousError(
+                f"{step} needs plain pre-norm blocks; {self.kind}'s '{alone.name}' ({alone.kind}) lies in no block that has a "
+                "norm of its own. Use a step that does not shorten or rearrange the tokens inside blocks"
+            )
         for block in self.blocks:
             if not block.plain:
                 raise VitreousError(
@@ -103,7 +109,7 @@ class Anatomy:
     def __str__(self) -> str:
         lines = [
             f"{self.kind}: grid {self.grid}, {self.prefix} prefix tokens, width {self.width}, pool {self.pool}, "
-            f"{len(self.blocks)} blocks with attention" + ("" if self.blocks else " (this model has no attention)")
+            f"{len(self.blocks)} blocks with attention" + ("" if self.attention else " (this model has no attention)")
         ]
         for b in self.blocks:
             a = b.attention

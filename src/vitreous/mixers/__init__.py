@@ -2,5 +2,24 @@
 
 from .block import MetaBlock
 from .depthwise import ConditionalPosition, DepthwiseMlp, conv_norm
+from .distilled import DistilledHead
+from .fourier import irfft2, rfft2
+from .positions import require_size, resample_position, sinusoid
+from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan
 
-__all__ = ["ConditionalPosition", "DepthwiseMlp", "MetaBlock", "conv_norm"]
+__all__ = [
+    "ConditionalPosition",
+    "DepthwiseMlp",
+    "DistilledHead",
+    "MetaBlock",
+    "SelectiveScan",
+    "conv_norm",
+    "irfft2",
+    "gated_linear_attention",
+    "linear_recurrence",
+    "require_size",
+    "rfft2",
+    "resample_position",
+    "selective_scan",
+    "sinusoid",
+]

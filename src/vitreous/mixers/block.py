@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.layers import DropPath
@@ -27,6 +28,7 @@ class MetaBlock(nn.Module):
     timm gives them.
 
     layer_scale: what LayerScale starts at (Touvron et al., "Going Deeper with Image Transformers", 2021); None for none.
+    `forward` hands on to the mixer whatever else it is given, as the grid of its tokens.
     """
 
     def __init__(
@@ -44,6 +46,6 @@ class MetaBlock(nn.Module):
         self.norm2, self.mlp, self.ls2 = norm(channels), mlp, scale()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, *also: Any) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *also)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))

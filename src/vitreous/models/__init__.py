@@ -1,18 +1,46 @@
 """Architectures, registered with timm on import: `timm.create_model("sit_tiny")` works after `import vitreous.models`."""
 
-from . import bundled, dependencyvit, dyn_perceiver, early_exit, lookupvit, sit, sparseformer, stvit, van
+from . import (
+    bundled,
+    cas_vit,
+    dependencyvit,
+    dyn_perceiver,
+    early_exit,
+    hornet,
+    litv2,
+    lookupvit,
+    lsnet,
+    moh,
+    overlock,
+    pvt,
+    sit,
+    sparseformer,
+    stvit,
+    t2t_vit,
+    van,
+    vig_gla,
+)
 from .official import load_official, variants
 
 __all__ = [
     "bundled",
+    "cas_vit",
     "dependencyvit",
     "dyn_perceiver",
     "early_exit",
+    "hornet",
+    "litv2",
     "load_official",
     "lookupvit",
+    "lsnet",
+    "moh",
+    "overlock",
+    "pvt",
     "sit",
     "sparseformer",
     "stvit",
+    "t2t_vit",
     "van",
     "variants",
+    "vig_gla",
 ]

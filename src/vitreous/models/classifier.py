@@ -84,6 +84,10 @@ class Pyramid(Classifier):
             for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
         ]
 
+    def as_map(self, x: Any) -> Tensor:
+        """The map in what a stage hands to the next, for models whose stages hand on more than it."""
+        return x
+
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for stage in self.stages:
@@ -113,8 +117,8 @@ class Pyramid(Classifier):
                 break
             x = stage(x)
             if i in taken:
-                maps.append(self.norm(x) if norm and i == len(self.stages) - 1 else x)
-        return maps if intermediates_only else (self.norm(x), maps)
+                maps.append(self.norm(x) if norm and i == len(self.stages) - 1 else self.as_map(x))
+        return maps if intermediates_only else (self.norm(self.as_map(x)), maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

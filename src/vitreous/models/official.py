@@ -73,6 +73,23 @@ def renamed(state: Mapping[str, Tensor], *rules: tuple[str, str]) -> dict[str, T
     return dict(state)
 
 
+def staged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PVT's names, which many papers took over, to stages that are a sequence each: `patch_embed1.…`, `block1.0.…`, `norm1.…` of
+    a stage of one block become `stages.0.0.…`, `stages.0.1.…`, `stages.0.2.…`."""
+    blocks = [re.match(r"block(\d)\.(\d+)\.", name) for name in state]
+    norms = {m[1]: 0 for m in blocks if m}
+    for m in blocks:
+        if m:
+            norms[m[1]] = max(norms[m[1]], int(m[2]) + 2)
+
+    def place(m: re.Match[str]) -> str:
+        part, stage, number = m.groups()
+        place = norms[stage] if part == "norm" else int(number) + 1 if number else 0
+        return f"stages.{int(stage) - 1}.{place}."
+
+    return {re.sub(r"^(patch_embed|block|norm)(\d)\.(?:(?<=block\d\.)(\d+)\.)?", place, k): v for k, v in state.items()}
+
+
 def variants() -> list[str]:
     """All that `load_official` knows, as "system--variant"."""
     return sorted(_published)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..mixers import DepthwiseMlp, MetaBlock, conv_norm
 from .classifier import Pyramid, init_weights
-from .official import publish, renamed
+from .official import publish, renamed, staged
 
 
 class LargeKernelAttention(nn.Module):
@@ -71,21 +71,9 @@ class VAN(Pyramid):
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names to ours: a stage is its embedding, its blocks and its norm, one after the other."""
-    depths = {s: 1 + max(int(k.split(".")[1]) for k in state if k.startswith(f"block{s}.")) for s in "1234"}
-    names = {}
-    for key, tensor in state.items():
-        part, _, rest = key.partition(".")
-        kind, stage = part.rstrip("1234"), part[-1]
-        if kind in ("patch_embed", "block", "norm") and stage in depths:
-            at = {"patch_embed": "0.", "norm": f"{depths[stage] + 1}."}.get(kind, "")
-            if kind == "block":
-                i, _, rest = rest.partition(".")
-                at = f"{int(i) + 1}."
-            key = f"stages.{int(stage) - 1}.{at}{rest}"
-        names[key] = tensor
+    """Official names to ours."""
     return renamed(
-        names,
+        staged(state),
         (r"^(stages\.\d\.0)\.proj\.", r"\1.0."),
         (r"^(stages\.\d\.0)\.norm\.", r"\1.1."),
         (r"layer_scale_(\d)$", r"ls\1.gamma"),

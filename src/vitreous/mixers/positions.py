@@ -1,0 +1,40 @@
+"""Where tokens are: computed tables, and the size of images that a learned one is for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import VitreousError
+
+
+def sinusoid(positions: int, channels: int) -> Tensor:
+    """`[1, positions, channels]`: sin and cos in turn, of the position over 10000**(2i / channels).
+
+    Vaswani et al., "Attention Is All You Need" (NeurIPS 2017), section 3.5; computed in double precision.
+    """
+    i = torch.arange(channels, dtype=torch.float64)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] / 10000 ** (2 * (i // 2) / channels)
+    return torch.where(i % 2 == 0, angles.sin(), angles.cos()).float()[None]
+
+
+def require_size(x: Tensor, size: tuple[int, int], model: str) -> None:
+    """Raise VitreousError unless the images `[B, C, H, W]` have the `size` that the model's positions are for."""
+    if (x.shape[2], x.shape[3]) != size:
+        raise VitreousError(
+            f"{model} has positions for images of {size[0]} × {size[1]}, not {x.shape[2]} × {x.shape[3]}: "
+            "create it with img_size set to the size of your images"
+        )
+
+
+def resample_position(table: Tensor, h: int, w: int) -> Tensor:
+    """A square table `[1, side · side, C]` for a grid of `h × w` tokens, `[1, h · w, C]`, as DINO does it.
+
+    Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (ICCV 2021). Bicubic, by factors of a tenth of a
+    token more than the grids have, so that rounding takes none away; the table of the same grid is resampled a little, too.
+    """
+    side = round(table.shape[1] ** 0.5)
+    square = table.mT.unflatten(2, (side, side))
+    factors = ((h + 0.1) / side, (w + 0.1) / side)
+    return F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).mT

@@ -1,0 +1,115 @@
+"""Linear recurrences in parallel: what gated linear attention and state space models have instead of softmax.
+
+Everything here is `linear_recurrence` with something around it. Only factors between 0 and 1 are ever multiplied, and nothing
+is divided by one, so no decay is too strong for float32. Operations and memory grow with the length, not with its square.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FLA, MAMBA = find_spec("fla") is not None, find_spec("mamba_ssm") is not None
+
+
+def linear_recurrence(a: Tensor, u: Tensor) -> Tensor:
+    """h_t = a_t · h_{t−1} + u_t from h_0 = 0, all of `[…, L, *, *]`; a and u broadcast but for the time.
+
+    Blelloch, "Prefix Sums and Their Applications" (1990): steps are joined in pairs, the half as long recurrence gives every
+    second state, and one more step from each gives the others. Some 4 L multiplications, log2(L) deep.
+    """
+    length = u.shape[-3]
+    if length == 1:
+        return u
+    if length % 2:
+        a, u = F.pad(a, (0, 0, 0, 0, 0, 1)), F.pad(u, (0, 0, 0, 0, 0, 1))
+    (a0, a1), (u0, u1) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (a, u))
+    odd = linear_recurrence(a0 * a1, a1 * u0 + u1)
+    even = u0 + a0 * F.pad(odd[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+    return torch.stack([even, odd], -3).flatten(-4, -3)[..., :length, :, :]
+
+
+def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = 32) -> Tensor:
+    """o_t = S_tᵀ q_t with S_t = diag(exp g_t) S_{t−1} + k_t v_tᵀ; q, k, g `[B, heads, L, K]`, v and o `[B, heads, L, V]`.
+
+    Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (ICML 2024), equations 3 and 4, g the
+    logarithm of the gate, at most 0. In chunks as in section 4.1: from chunk to chunk the states follow `linear_recurrence`.
+    Within one, where the paper divides by the decay since the chunk's start and so needs a second level of chunks to stay
+    finite, ours halves: the later half of each block reads the earlier by the decay from the border between them, for blocks
+    of 2, 4, … tokens.
+
+    On CUDA the kernel of `fla` is used where it is installed.
+    """
+    if FLA and q.is_cuda:
+        kernel: Any = import_module("fla.ops.gla").chunk_gla
+        return kernel(*(x.transpose(1, 2) for x in (q, k, v, g)), scale=1.0)[0].transpose(1, 2)
+    kind, length = v.dtype, v.shape[-2]
+    precise = torch.promote_types(kind, torch.float32)
+    chunk = min(chunk, 2 ** math.ceil(math.log2(length)))
+    q, k, v, g = (F.pad(x.to(precise), (0, 0, 0, -length % chunk)).unflatten(-2, (-1, 1)) for x in (q, k, v, g))
+
+    # Each block is a half of the next: q as it reads the state before the block, k as it is in the state behind the block.
+    decay = g.exp()
+    out, q, keep = (q * k).sum(-1, keepdim=True) * v, q * decay, decay
+    for _ in range(int(math.log2(chunk))):
+        (q0, q1), (k0, k1), (v0, v1), (o0, o1), (d0, d1) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (q, k, v, out, keep))
+        out = torch.cat([o0, o1 + (q1 @ k0.mT) @ v0], -2)
+        q, k, v, keep = torch.cat([q0, q1 * d0], -2), torch.cat([k0 * d1, k1], -2), torch.cat([v0, v1], -2), d0 * d1
+
+    states = linear_recurrence(keep.mT, k.mT @ v)
+    before = F.pad(states[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+    return (out + q @ before).flatten(-3, -2)[..., :length, :].to(kind)
+
+
+def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """y_t = C_tᵀ h_t + D x_t with h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t; x, delta and y `[B, L, D]`, B and C `[B, L, N]`.
+
+    Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), algorithm 2, discretised as its code
+    does: A by exponentiation, B by Δ. A `[D, N]` is negative, delta positive, D `[D]`.
+
+    On CUDA the kernel of `mamba_ssm` is used where it is installed.
+    """
+    if MAMBA and x.is_cuda:
+        kernel: Any = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+        return kernel(x.mT, delta.mT, A.float(), B.mT, C.mT, D.float()).mT
+    kind = x.dtype
+    x, delta, A, B, C, D = (t.to(torch.promote_types(kind, torch.float32)) for t in (x, delta, A, B, C, D))
+    h = linear_recurrence((delta[..., None] * A).exp(), (delta * x)[..., None] * B[..., None, :])
+    return ((h * C[..., None, :]).sum(-1) + D * x).to(kind)
+
+
+class SelectiveScan(nn.Module):
+    """Mamba's S6 layer: `[B, L, D]` to the same, Δ, B and C read from what it scans (Gu and Dao 2023, section 3.2).
+
+    rank: through how few numbers Δ is read. states: N, the numbers that each channel remembers.
+    """
+
+    def __init__(self, channels: int, rank: int, states: int = 1) -> None:
+        super().__init__()
+        self.sizes = (rank, states, states)
+        self.x_proj = nn.Linear(channels, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(rank, channels)
+        self.A_log = nn.Parameter(torch.empty(channels, states))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Section 3.6: A = −1, …, −N, and Δ spread evenly, in logarithm, between 0.001 and 0.1."""
+        rank, states, _ = self.sizes
+        self.x_proj.reset_parameters()
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        with torch.no_grad():
+            self.A_log.copy_(torch.arange(1, states + 1).log().expand_as(self.A_log))
+            delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
+            self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())
+        nn.init.ones_(self.D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta, B, C = self.x_proj(x).split(self.sizes, -1)
+        return selective_scan(x, F.softplus(self.dt_proj(delta)), -self.A_log.float().exp(), B, C, self.D)

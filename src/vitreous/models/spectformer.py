@@ -1,0 +1,262 @@
+"""SpectFormer: the first blocks filter the spectrum of the tokens, the later ones attend.
+
+Patro, Namboodiri and Agneeswaran, "SpectFormer: Frequency and Attention is what you need in a Vision Transformer" (WACV 2025). Facts
+from the official repository, badripatro/SpectFormers. The Fourier transform is a product of matrices here, which every runtime has.
+The official vanilla file fixes 6 heads, and says 4 for tiny and 12 for base; 12 do not divide base's 512 channels, so that base has 8
+here, each as wide as in the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.layers import Attention, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.models import model_entrypoint
+from timm.models.cait import ClassAttn
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..errors import VitreousError
+from ..mixers import DepthwiseMlp, conv_norm, irfft2, require_size, rfft2
+from .classifier import Classifier, init_weights
+from .official import official, publish, renamed
+from .token_pyramid import TokenPyramid, TokenStage, as_map
+
+Norm = partial(nn.LayerNorm, eps=1e-6)
+Grid = tuple[int, int]
+
+
+class SpectralGatingNetwork(nn.Module):
+    """Tokens `[B, h · w, C]` of the grid (h, w) convolved with one learned kernel a channel, as large as the grid (section 3.1).
+
+    complex_weight: what multiplies the half spectrum, `[h, w // 2 + 1, C, 2]`. In float32, whatever the model's precision.
+    """
+
+    def __init__(self, channels: int, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.complex_weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, channels, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        real, imaginary = rfft2(x.mT.unflatten(2, self.grid).float())
+        a, b = self.complex_weight.float().permute(3, 2, 0, 1)
+        y = irfft2(a * real - b * imaginary, a * imaginary + b * real, self.grid[1])
+        return y.flatten(2).mT.to(x.dtype)
+
+
+class SpectralBlock(nn.Module):
+    """x + mlp(norm2(filter(norm1(x)))): one residual around both; `[B, N, C]`."""
+
+    def __init__(self, channels: int, grid: Grid, mlp_ratio: float, drop: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1, self.filter = Norm(channels), SpectralGatingNetwork(channels, grid)
+        self.norm2, self.mlp = Norm(channels), Mlp(channels, int(channels * mlp_ratio), drop=drop)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(self.filter(self.norm1(x)))))
+
+
+class SpectFormer(Classifier):
+    """The vanilla architecture: images `[B, C, *img_size]` to logits `[B, num_classes]`.
+
+    alpha: how many of the `depth` blocks are spectral.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 256,
+        depth: int = 12,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        alpha: int = 4,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(embed_dim, drop_rate)
+        self.img_size = cast(Grid, to_2tuple(img_size))
+        if any(side % patch_size for side in self.img_size):
+            raise VitreousError(f"SpectFormer: img_size {self.img_size} does not divide into patches of {patch_size} pixels")
+        grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
+        self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(grid), embed_dim))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.Sequential()
+        for i, rate in enumerate(cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))):
+            shared: dict[str, Any] = dict(qkv_bias=True, norm_layer=Norm, proj_drop=drop_rate, attn_drop=drop_rate, drop_path=rate)
+            attends = i >= alpha
+            self.blocks.append(
+                Block(embed_dim, num_heads, mlp_ratio, **shared)
+                if attends
+                else SpectralBlock(embed_dim, grid, mlp_ratio, drop_rate, rate)
+            )
+        self.norm = Norm(embed_dim)
+        self.apply(init_weights)
+        trunc_normal_(self.pos_embed, std=0.02)
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to `[B, N, C]`."""
+        require_size(x, self.img_size, "SpectFormer")
+        return self.norm(self.blocks(self.pos_drop(self.patch_embed(x) + self.pos_embed)))
+
+
+class StageBlock(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), its MLP with a depthwise convolution; tokens `[B, h · w, C]` of a grid (h, w)."""
+
+    def __init__(self, channels: int, mixer: nn.Module, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1, self.attn = Norm(channels), mixer
+        self.norm2, self.mlp = Norm(channels), DepthwiseMlp(channels, int(channels * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(as_map(self.norm2(x), grid)).flatten(2).mT)
+
+
+class ClassBlock(nn.Module):
+    """`[B, N, C]` to `[B, 1 + N, C]`: a class token that starts as the mean of the tokens attends to all, and has an MLP."""
+
+    def __init__(self, channels: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1, self.attn = Norm(channels), ClassAttn(channels, num_heads, qkv_bias=True)
+        self.norm2, self.mlp = Norm(channels), Mlp(channels, int(channels * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = x.mean(1, keepdim=True)
+        token = token + self.attn(self.norm1(torch.cat([token, x], 1)))
+        return torch.cat([token + self.mlp(self.norm2(token)), x], 1)
+
+
+class Stage(TokenStage):
+    """A map to a map: a stem, a strided convolution, blocks; then a norm, or, in the last stage, a `ClassBlock`."""
+
+    def __init__(self, stem: nn.Module, proj: nn.Conv2d, blocks: Iterable[nn.Module], end: nn.Module) -> None:
+        super().__init__(proj, blocks)
+        self.stem, self.end = stem, end
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
+        x, grid = super().tokens(self.stem(x))
+        return self.end(x), grid
+
+
+class SpectFormerH(TokenPyramid):
+    """The hierarchical architecture: two stages of spectral blocks, two of attention. Images `[B, C, *img_size]` to `[B, num_classes]`.
+
+    It was trained by token labeling (Jiang et al., NeurIPS 2021), and its logits are the class token's and half of the largest
+    among those that `aux_head` gives of the other tokens. Training with mixed tokens is not part of the model here.
+    """
+
+    aux_head: nn.Module
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        stem_hidden_dim: int = 32,
+        embed_dims: Sequence[int] = (64, 128, 320, 448),
+        num_heads: Sequence[int] = (2, 4, 10, 14),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(embed_dims, (4, 8, 16, 32), drop_rate)
+        self.img_size = cast(Grid, to_2tuple(img_size))
+        if any(side % 8 for side in self.img_size):
+            raise VitreousError(f"SpectFormer: the sides of img_size {self.img_size} must be multiples of 8")
+        hidden = stem_hidden_dim
+        convs = [conv_norm(in_chans, hidden, 7, 2), conv_norm(hidden, hidden, 3), conv_norm(hidden, hidden, 3)]
+        rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+        inputs = hidden
+        for i, (width, ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
+            stem = nn.Identity() if i else nn.Sequential(*(part for conv in convs for part in (conv, nn.ReLU())))
+            grid = (self.img_size[0] >> (i + 2), self.img_size[1] >> (i + 2))
+            blocks = []
+            for rate in rates[i]:
+                mixer = SpectralGatingNetwork(width, grid) if i < 2 else Attention(width, num_heads[i], qkv_bias=True)
+                blocks.append(StageBlock(width, mixer, ratio, rate))
+            end = Norm(width) if i < 3 else ClassBlock(width, num_heads[i], ratio)
+            self.stages.append(Stage(stem, nn.Conv2d(inputs, width, 3, 2, 1), blocks, end))
+            inputs = width
+        self.norm = Norm(embed_dims[-1])
+        self.apply(init_weights)
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As any classifier's, the auxiliary head with it."""
+        super().reset_classifier(num_classes, global_pool)
+        self.aux_head, main = self.head, self.head
+        super().reset_classifier(num_classes)
+        self.head, self.aux_head = main, self.head
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        require_size(x, self.img_size, "SpectFormer")
+        return super().forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        logits = super().forward_head(x, pre_logits)
+        if pre_logits or not self.num_classes:
+            return logits
+        return logits + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+
+def convert_h(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official names of the hierarchical architecture to ours: queries join keys and values, an MLP's linears become 1 × 1 convolutions."""
+    names = {}
+    for key, tensor in renamed(state, (r"^post_network\.0\.", "stages.3.end."), (r"dwconv\.dwconv", "dwconv")).items():
+        part, _, rest = key.partition(".")
+        kind, i = part[:-1], part[-1]
+        if kind in ("patch_embed", "block", "norm") and part != "norm4":
+            within = {"patch_embed": "", "block": "blocks.", "norm": "end."}[kind]
+            key = f"stages.{int(i) - 1}.{within}{rest}"
+        if kind == "block" and ".mlp.fc" in key and key.endswith("weight"):
+            tensor = tensor[..., None, None]
+        if ".attn.q." in key and kind == "block":
+            key, tensor = key.replace(".q.", ".qkv."), torch.cat([tensor, state[f"{part}.{rest.replace('.q.', '.kv.')}"]])
+        elif ".attn.kv." in key and kind == "block":
+            continue
+        elif ".attn.kv." in key:
+            names[key.replace(".kv.", ".k.")], names[key.replace(".kv.", ".v.")] = tensor.chunk(2)
+            continue
+        names[key] = tensor
+    return renamed(
+        names,
+        (r"^norm4\.", "norm."),
+        (r"^stages\.0\.conv\.([036])\.", r"stages.0.stem.\1.0."),
+        (r"^stages\.0\.conv\.1\.", "stages.0.stem.0.1."),
+        (r"^stages\.0\.conv\.4\.", "stages.0.stem.3.1."),
+        (r"^stages\.0\.conv\.7\.", "stages.0.stem.6.1."),
+        (r"^stages\.0\.stem\.3\.", "stages.0.stem.2."),
+        (r"^stages\.0\.stem\.6\.", "stages.0.stem.4."),
+    )
+
+
+VANILLA: dict[str, dict[str, Any]] = {
+    "ti": {},
+    "xs": dict(embed_dim=384, num_heads=6),
+    "s": dict(embed_dim=384, num_heads=6, depth=19),
+    "b": dict(embed_dim=512, num_heads=8, depth=19),
+}
+HIERARCHICAL: dict[str, dict[str, Any]] = {
+    "s": {},
+    "b": dict(stem_hidden_dim=64, embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16), depths=(3, 4, 12, 3)),
+    "l": dict(stem_hidden_dim=64, embed_dims=(96, 192, 384, 512), num_heads=(3, 6, 12, 16), depths=(3, 6, 18, 3)),
+}
+for _name, _arguments in VANILLA.items():
+    _timm = f"spectformer_vanilla_{_name}"
+    publish(SpectFormer, _timm, _arguments, variant=f"spectformer--vanilla_{_name}", fixed_input_size=True, first_conv="patch_embed.proj")
+for _name, _arguments in HIERARCHICAL.items():
+    _timm, _cfg = f"spectformer_{_name}", dict(fixed_input_size=True, first_conv="stages.0.stem.0.0", classifier=("head", "aux_head"))
+    publish(SpectFormerH, _timm, _arguments, variant=f"spectformer--hierarchical_{_name}", convert=convert_h, **_cfg)
+    official(f"spectformer--{_timm}", model_entrypoint(_timm), convert_h)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torchvision.ops import deform_conv2d
+
+from vitreous import VitreousError
+from vitreous.models.litv2 import DeformableMerging, HiLoAttention
+
+
+def test_the_merging_is_a_deformable_convolution() -> None:
+    """Also beyond the border, where there is nothing."""
+    torch.manual_seed(0)
+    merging = DeformableMerging(6).eval()
+    merging.norm, merging.act = torch.nn.Identity(), torch.nn.Identity()
+    torch.nn.init.normal_(merging.offset.weight, std=0.7)
+    x = torch.randn(2, 6, 8, 12)
+    wanted = deform_conv2d(x, merging.offset(x), merging.conv.weight.view(12, 6, 2, 2), merging.conv.bias, stride=2)
+    torch.testing.assert_close(merging(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_high_frequencies_stay_in_their_window_and_low_ones_do_not() -> None:
+    torch.manual_seed(0)
+    attention = HiLoAttention(16, 4, window=2, alpha=0.5).eval()
+    x = torch.randn(1, 16, 6, 6)
+    changed = x.clone()
+    changed[..., 0, 0] += 1
+    high, low = (attention(changed) - attention(x)).abs().chunk(2, 1)
+    assert high[..., :2, :2].min() > 0
+    assert high[..., 2:, :].max() == 0
+    assert low.sum(1).min() > 0
+    x[..., 0, 0] += 1  # the means of the windows cannot tell the two, and so their keys and values
+    x[..., 0, 1] -= 1
+    torch.testing.assert_close(attention.lofi(x.permute(0, 2, 3, 1))[:, 2:], attention.lofi(changed.permute(0, 2, 3, 1))[:, 2:])
+
+
+def test_sides_that_cannot_be_halved_are_refused() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("litv2_s")
+        with pytest.raises(VitreousError, match=r"15 × 15: .*multiples of 32"):
+            model(torch.zeros(1, 3, 240, 240))
