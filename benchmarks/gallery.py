@@ -30,13 +30,12 @@ STEPS = {"EViT, keep 0.7": vt.tokens.EViT(keep=0.7), "ToMe, r = 40": vt.tokens.T
 
 def grid(panels: list[tuple[str, Image.Image]], columns: int, file: Path) -> None:
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.3 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.3 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, picture) in zip(axes.flat, panels, strict=False):
         axis.imshow(picture)
-        axis.set_title(title, fontsize=8.5)
-    figure.tight_layout(pad=0.4)
+        axis.set_title(title, fontsize=8)
     figure.savefig(file, dpi=110, facecolor="white", pil_kwargs={"quality": 82})
     plt.close(figure)
 
@@ -45,9 +44,9 @@ def explanations(model: nn.Module, x: Tensor, shown: Image.Image, file: Path) ->
     panels = [("the photograph", enlarge(shown))]
     for name, method in vt.see.METHODS.items():
         heat = method(model, x)[0].numpy()
-        failed = " (fails the sanity check)" if vt.see.warning(name) else ""
+        failed = "\n(fails the sanity check)" if vt.see.warning(name) else ""
         panels.append((name + failed, overlay(shown, heat, (0.0, float(heat.max())))))
-    grid(panels, 5, file)
+    grid(panels, 7, file)
 
 
 def heads(model: nn.Module, x: Tensor, file: Path) -> None:

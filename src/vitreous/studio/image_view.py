@@ -315,7 +315,7 @@ class _Strip:
                 self.upload = ui.upload(auto_upload=True, max_file_size=MAX_BYTES).props('accept="image/*"').classes("hidden")
                 own = ui.button("Your picture", icon="upload", on_click=lambda: self.upload.run_method("pickFiles"))
                 own.props("outline no-caps dense").classes("px-3")
-            self.row = ui.row().classes("w-full gap-2")
+            self.row = ui.row().classes("w-full gap-2 strip")
         back.on_click(guarded(lambda: self.turn(-1)))
         forth.on_click(guarded(lambda: self.turn(1)))
         self.upload.on_upload(guarded(self.taken))
