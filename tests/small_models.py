@@ -18,6 +18,8 @@ class Small:
     it is built, None where the design has one size; then `resized` are the arguments that build it for 1.5 × `side`, None
     where nothing does. attention: whether it has softmax attention that `glass` sees. unused: parameters that no gradient
     reaches, by design of the paper; say why in a comment.
+
+    Its key is the system's slug, and a word behind it where a paper has two designs.
     """
 
     name: str
@@ -39,6 +41,14 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "uniformer": Small(
+        "uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1))
+    ),
+    "crossformer": Small(
+        "crossformer_pp_small", dict(embed_dim=16, num_heads=(1, 2, 4, 4), groups=(4, 4, 4, 7), depths=(1, 2, 4, 1))
+    ),
+    "smt": Small("smt_t", dict(embed_dims=(16, 16, 32, 32), heads=(0, 0, 4, 4), depths=(1, 1, 2, 1))),
+    "cvt": Small("cvt_13", dict(embed_dims=(16, 24, 32), num_heads=(1, 2, 4), depths=(1, 1, 2))),
     "overlock": Small(
         "overlock_xt",
         dict(embed_dims=(16, 16, 16, 32), depths=(1, 1, 1, 1), sub_depths=(2, 1), sub_num_heads=(1, 2), kernels=(7, 7, 7, 7)),
@@ -68,4 +78,23 @@ SMALL: dict[str, Small] = {
         resized=dict(img_size=96),
     ),
     "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=2, num_heads=3), attention=False),
+    "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(1, 1, 1, 1)), attention=False),
+    "channelvit": Small("channelvit_small", dict(img_size=64, embed_dim=32, num_heads=2, depth=2)),
+    "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
+    "gmm-attention": Small(
+        "gmm_vit_cifar", dict(embed_dim=24, num_heads=2), side=32, other_side=None, resized=dict(img_size=48, patch_size=4)
+    ),
+    "patch-scaling": Small(
+        "patch_scaling_tiny_patch4_64",
+        dict(patch_size=8, embed_dim=24, num_heads=2, checkpoint_tokens=16),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "minimal-transformer": Small(
+        "minimal_transformer_cifar10_6_1_nomlp_symmetry",
+        dict(embed_dim=16, depth=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+    ),
 }

@@ -65,7 +65,10 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm and the hub raise many kinds; the user needs the reason, not the stack
         doing = "downloading its weights or " if pretrained else ""
-        raise VitreousError(f"cannot create '{name}': {doing}building it failed: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, TypeError) and "argument 'img_size'" in reason:
+            reason = "it is not built for one size of images, leave img_size out"
+        raise VitreousError(f"cannot create '{name}': {doing}building it failed: {reason}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import vitreous.quant.auto as auto_module
 from vitreous.quant import Auto, MinMax, RepQ, why
-from vitreous.quant.auto import MARGINS, Balanced, balance, chain, fit_layers, in_floats, inputs, missed, taker
-from vitreous.quant.layers import Quantizer, QuantLinear, quant_layers
+from vitreous.quant.auto import Balanced, balance, chain, fit_layers, in_floats, inputs, taker
+from vitreous.quant.layers import QuantLinear, quant_layers
 from vitreous.steps import slim
 from vitreous.tokens import MCTF, EViT
 
@@ -154,18 +154,3 @@ def test_other_blocks_and_missing_biases(images: Tensor) -> None:
     for model in (swin, small_vit(depth=1, qkv_bias=False), small_vit(depth=1, init_values=0.5, reg_tokens=2)):
         small = Auto(reduce_range=False).apply(model, images)
         assert error(small, model, images) < 0.03
-
-
-def test_ranges_are_widened_by_what_images_differ() -> None:
-    g = torch.Generator().manual_seed(0)
-    even = torch.rand(2000, 8, generator=g) * 2 - 1
-    quantizer, weights = Quantizer(8), [torch.randn(5, 8, generator=g)]
-
-    def best(given: torch.Tensor) -> float:
-        found = {m: missed(given, torch.ones(8), torch.zeros(8), weights, quantizer, m) for m in MARGINS}
-        return min(found, key=lambda m: found[m])
-
-    assert best(even) == 1.0, "nothing is gained where all images have one range"
-    uneven = even.clone()
-    uneven[:1000] *= 1.2
-    assert best(uneven) == 1.25

@@ -17,6 +17,7 @@ def see(
     img_size: Annotated[int | None, typer.Option(help="input size, where the model is to be built for another")] = None,
     method: Annotated[str, typer.Option(help="one of vitreous.see.METHODS, such as grad_cam or lrp")] = "rollout",
     target: Annotated[int | None, typer.Option(help="class to explain; the predicted one by default")] = None,
+    layer: Annotated[str | None, typer.Option(help="for class activation maps: the dotted name of a module")] = None,
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
     tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
     out: Annotated[Path | None, typer.Option(help="PNG to write; beside the picture by default")] = None,
@@ -43,6 +44,8 @@ def see(
         raise VitreousError(f"unknown method '{method}'{nearest(method, room.METHODS) or ': choose ' + ', '.join(room.METHODS)}")
     if target is not None and method in CLASSLESS:
         raise VitreousError(f"{method} shows the same whatever the class: leave --target out, or choose another --method")
+    if layer is not None and not method.endswith(("cam", "cam_pp")):
+        raise VitreousError(f"{method} looks at no layer of your choice: leave --layer out, or use --method grad_cam")
     if tokens and tree:
         raise VitreousError("--tokens and --tree draw different pictures: choose one")
     drawn = "tokens" if tokens else "tree" if tree else method
@@ -71,7 +74,8 @@ def see(
         embed: Any = net.get_submodule("patch_embed")
         panels.append(draw_tree(panels[0], parents, embed.grid_size))
     else:
-        heat = room.METHODS[method](net, x, target)[0].numpy()
+        chosen = {"layer": layer} if layer else {}
+        heat = room.METHODS[method](net, x, target, **chosen)[0].numpy()
         panels.append(overlay(shown, heat, (0.0, float(heat.max()))))
     sheet = Image.new("RGBA", (sum(p.width for p in panels) + 8 * (len(panels) - 1), panels[0].height), "white")
     left = 0

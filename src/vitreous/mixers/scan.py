@@ -38,8 +38,8 @@ def linear_recurrence(a: Tensor, u: Tensor) -> Tensor:
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = 32) -> Tensor:
     """o_t = S_tᵀ q_t with S_t = diag(exp g_t) S_{t−1} + k_t v_tᵀ; q, k, g `[B, heads, L, K]`, v and o `[B, heads, L, V]`.
 
-    Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (ICML 2024), equations 3 and 4, g the
-    logarithm of the gate, at most 0. In chunks as in section 4.1: from chunk to chunk the states follow `linear_recurrence`.
+    Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (ICML 2024), section 4, g the
+    logarithm of the gate, at most 0. It goes by chunks, as there: from chunk to chunk the states follow `linear_recurrence`.
     Within one, where the paper divides by the decay since the chunk's start and so needs a second level of chunks to stay
     finite, ours halves: the later half of each block reads the earlier by the decay from the border between them, for blocks
     of 2, 4, … tokens.

@@ -1,7 +1,7 @@
 """CAS-ViT: attention that adds. Zhang et al., "CAS-ViT: Convolutional Additive Self-attention Vision Transformers" (2024).
 
-Facts from the official repository, Tianfang-Zhang/CAS-ViT. Its table counts a second head for distillation, which its training script
-does not build; `distillation=True` does. In training such a model gives the mean of its heads, not the pair.
+Facts from the official repository, Tianfang-Zhang/CAS-ViT. Its table counts a second head for distillation, which its training
+script does not build; `distillation=True` does. In training such a model gives the mean of its heads, not the pair.
 """
 
 from __future__ import annotations

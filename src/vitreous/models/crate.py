@@ -1,7 +1,7 @@
 """CRATE: a transformer whose layers are the steps of an optimiser, for codes that are compressed and sparse.
 
 Yu et al., "White-Box Transformers via Sparse Rate Reduction" (NeurIPS 2023). Facts from the official repository,
-Ma-Lab-Berkeley/CRATE, whose attention differs from the paper's equation 11 in that the output is projected by a matrix of its own.
+Ma-Lab-Berkeley/CRATE, whose attention differs from the paper's equation 11: its output is projected by a matrix of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .official import official, publish, renamed
 
 
 class MSSA(nn.Module):
-    """Multi-head subspace self-attention (equation 11), tokens `[B, N, C]`: in each subspace U the code is query, key and value."""
+    """Multi-head subspace self-attention (equation 11) on `[B, N, C]`: in each subspace U the code is query, key and value."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class MSSA(nn.Module):
 
 
 class ISTA(nn.Module):
-    """One step of the iterative shrinkage-thresholding algorithm (equation 17), on `[…, C]`: a sparser code of z in the dictionary D.
+    """One step of iterative shrinkage-thresholding (equation 17) on `[…, C]`: a sparser code of z in the dictionary D.
 
     ReLU(z + η Dᵀ(z − D z) − η λ), with the step η and the sparsity λ of 0.1.
     """
@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images `[B, C, H, W]` to tokens `[B, N, width]`: the patch's numbers, row by row, channels last, normalised before and after."""
+    """Images `[B, C, H, W]` to tokens `[B, N, width]`: a patch's numbers, channels last, projected between two norms."""
 
     def __init__(self, patch_size: int, in_chans: int, width: int, img_size: tuple[int, int]) -> None:
         super().__init__()

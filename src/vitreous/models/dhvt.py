@@ -1,7 +1,7 @@
 """DHVT: a ViT for small datasets, with convolutions around its tokens and tokens that stand for its heads.
 
-Lu et al., "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small Datasets" (NeurIPS 2022). Facts
-from the official repository, ArieSeirack/DHVT.
+Lu et al., "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small Datasets" (NeurIPS 2022).
+Facts from the official repository, ArieSeirack/DHVT.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Block(nn.Module):
 
 
 class DHVT(Classifier):
-    """Images `[B, C, H, W]` of any size to logits `[B, num_classes]`; nothing in it says where a patch is but its convolutions."""
+    """Images `[B, C, H, W]` of any size to logits `[B, num_classes]`; only convolutions tell it where a patch is."""
 
     global_pool = "token"
 

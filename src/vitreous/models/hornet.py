@@ -1,8 +1,8 @@
-"""HorNet: interactions of high order without attention. Rao et al., "HorNet: Efficient High-Order Spatial Interactions with Recursive
-Gated Convolutions" (NeurIPS 2022).
+"""HorNet: interactions of high order without attention. Rao et al., "HorNet: Efficient High-Order Spatial Interactions with
+Recursive Gated Convolutions" (NeurIPS 2022).
 
-Facts from the official repository, raoyongming/HorNet. The Fourier transform of the GF models is a product of matrices here, equal to
-the fast one up to rounding, so that the models run everywhere.
+Facts from the official repository, raoyongming/HorNet. The Fourier transform of the GF models is a product of matrices here, equal
+to the fast one up to rounding, so that the models run everywhere.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GlobalLocalFilter(nn.Module):
 
 
 class GnConv(nn.Module):
-    """gⁿConv, the recursive gated convolution (equations 3 to 5) on maps `[B, C, H, W]`.
+    """gⁿConv, the recursive gated convolution on maps `[B, C, H, W]`.
 
     `order` groups of channels, each twice as wide as the one before, all see their neighbourhood at once; then one after the
     other multiplies what came before. filter_side: None for a depthwise 7 × 7 convolution, else a `GlobalLocalFilter`'s side.

@@ -1,7 +1,8 @@
 """iLLaMA: the decoder of a language model reading patches, each of which looks back only.
 
-Wang et al., "Adapting LLaMA Decoder to Vision Transformer" (2024). Facts from the official repository, techmonsterwang/iLLaMA: its
-causal mask multiplies after the softmax, so that the rows of a map sum to less than one, and rotary positions go with learned ones.
+Wang et al., "Adapting LLaMA Decoder to Vision Transformer" (2024). Facts from the official repository, techmonsterwang/iLLaMA:
+its causal mask multiplies after the softmax, so that the rows of a map sum to less than one, and rotary positions go with learned
+ones. What glass sees is the map before the mask.
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, RmsNorm, SwiGLU, apply_rot_embed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import (
+    DropPath,
+    PatchEmbed,
+    RmsNorm,
+    SwiGLU,
+    apply_rot_embed,
+    calculate_drop_path_rates,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
@@ -47,7 +57,7 @@ class CausalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + SwiGLU(norm(x)); the hidden width is two thirds of 4 C, rounded up to a multiple of 256."""
+    """x + attention(norm(x)), then x + SwiGLU(norm(x)); its hidden width is two thirds of 4 C, up to a multiple of 256."""
 
     def __init__(self, channels: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
@@ -129,6 +139,13 @@ VARIANTS |= {f"{name}_384": VARIANTS[name] | dict(img_size=384) for name in ("ba
 for _name, _arguments in VARIANTS.items():
     _timm, _size = f"illama_{_name}", _arguments.get("img_size", 224)
     publish(
-        ILLaMA, _timm, _arguments, variant=f"illama--{_name}", convert=convert, size=_size, fixed_input_size=True, first_conv="patch_embed.proj"
+        ILLaMA,
+        _timm,
+        _arguments,
+        variant=f"illama--{_name}",
+        convert=convert,
+        size=_size,
+        fixed_input_size=True,
+        first_conv="patch_embed.proj",
     )
     official(f"illama--{_timm}", model_entrypoint(_timm), convert)

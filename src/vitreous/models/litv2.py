@@ -1,4 +1,4 @@
-"""LITv2: high and low frequencies attended apart. Pan, Cai and Zhuang, "Fast Vision Transformers with HiLo Attention" (NeurIPS 2022).
+"""LITv2: high and low frequencies apart. Pan, Cai and Zhuang, "Fast Vision Transformers with HiLo Attention" (NeurIPS 2022).
 
 Facts from the official repository, ziplab/LITv2. Its deformable convolution is a CUDA kernel; here the places are read by
 `grid_sample`, which agrees up to rounding and which ONNX and OpenVINO have.
@@ -29,7 +29,7 @@ def require_even(x: Tensor) -> None:
 
 
 class HiLoAttention(nn.Module):
-    """HiLo (section 3.2) on maps `[B, C, H, W]`; gives the channels of Hi-Fi, then those of Lo-Fi.
+    """HiLo on maps `[B, C, H, W]`; gives the channels of Hi-Fi, then those of Lo-Fi.
 
     Hi-Fi: some heads attend within windows of `window` × `window` places. Lo-Fi: a part `alpha` of the heads attends from every
     place to the means of the windows. With `window` 1 all heads are Lo-Fi, which is then plain attention.
@@ -76,7 +76,7 @@ class HiLoAttention(nn.Module):
 class DeformableMerging(nn.Module):
     """DTM, deformable token merging: four places, moved by learned offsets, become one; `[B, C, H, W]` to `[B, 2C, H/2, W/2]`.
 
-    Pan et al., "Less is More: Pay Less Attention in Vision Transformers" (AAAI 2022), section 3.3, after Dai et al., "Deformable
+    Pan et al., "Less is More: Pay Less Attention in Vision Transformers" (AAAI 2022), after Dai et al., "Deformable
     Convolutional Networks" (ICCV 2017).
     """
 
@@ -91,10 +91,10 @@ class DeformableMerging(nn.Module):
         require_even(x)
         height, width = x.shape[2:]
         offset = self.offset(x).float().unflatten(1, (2, 2, 2))  # [B, row, column, (y, x), h, w]
-        y = torch.arange(height, device=x.device).view(-1, 2).T[:, None, :, None] + offset[:, :, :, 0]
-        x_ = torch.arange(width, device=x.device).view(-1, 2).T[None, :, None, :] + offset[:, :, :, 1]
-        places = torch.stack(((2 * x_ + 1) / width - 1, (2 * y + 1) / height - 1), -1).flatten(1, 3)  # -1 and 1 are the edges
-        seen = F.grid_sample(x.float(), places, align_corners=False).to(x.dtype).unflatten(2, (4, -1))
+        rows = torch.arange(height, device=x.device).view(-1, 2).T[:, None, :, None] + offset[:, :, :, 0]
+        columns = torch.arange(width, device=x.device).view(-1, 2).T[None, :, None, :] + offset[:, :, :, 1]
+        places = torch.stack(((2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1), -1)  # -1 and 1 are the edges
+        seen = F.grid_sample(x.float(), places.flatten(1, 3), align_corners=False).to(x.dtype).unflatten(2, (4, -1))
         return self.act(self.norm(self.conv(seen.flatten(1, 2))))
 
 
@@ -157,7 +157,7 @@ def norm(channels: int) -> nn.Module:
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names to ours: a stage begins with the merging; linears of MLPs and the deformable kernels are 1 × 1 convolutions."""
+    """Official names to ours: a stage begins with the merging; MLPs and deformable kernels are 1 × 1 convolutions."""
     names = {}
     for key, tensor in state.items():
         part, *rest = key.split(".")

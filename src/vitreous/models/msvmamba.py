@@ -24,7 +24,7 @@ from .vmamba import Norm, downsample, stem, vmamba_names
 
 
 class MultiScaleScan(nn.Module):
-    """MS2D (section 3.3) in the place of attention, on maps `[B, C, H, W]`.
+    """MS2D, multi-scale 2D scanning, in the place of attention, on maps `[B, C, H, W]`.
 
     The whole map is scanned along its rows; half of it, by a strided convolution, along its rows backwards, its columns, and
     its columns backwards. These three are one sequence with one state, so that the later read what the earlier saw.

@@ -1,9 +1,9 @@
 """OverLoCK: overview first, look closely next. Lou and Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with
 Context-Mixing Dynamic Kernels" (CVPR 2025).
 
-Facts from the official repository, LMMMEng/OverLoCK. Its neighbourhoods are read by CUDA kernels of NATTEN; here they are gathered,
-and adaptive pooling is a product of matrices, so that the models run everywhere. Its training form gives two logits in training
-mode; here `forward_auxiliary` does, and `forward` always gives the main ones.
+Facts from the official repository, LMMMEng/OverLoCK. Its neighbourhoods are read by CUDA kernels of NATTEN; here they are
+gathered, and adaptive pooling is a product of matrices, so that the models run everywhere. In training the official model gives
+two logits; here `forward_auxiliary` does, and `forward` always gives the main ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GlobalResponseNorm, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from ..mixers import ConditionalPosition, conv_norm
@@ -32,7 +33,7 @@ Carried = tuple[Tensor, Tensor, Tensor]  # of stage 3: its map, the context for 
 class DilatedReparam(nn.Module):
     """A large depthwise convolution and dilated ones beside it, each normalised; or, `merged`, the one that is their sum.
 
-    Maps `[B, C, H, W]`. Ding et al., "UniRepLKNet" (CVPR 2024), section 3.2.
+    Maps `[B, C, H, W]`. Ding et al., "UniRepLKNet" (CVPR 2024).
     """
 
     def __init__(self, channels: int, kernel: int, merged: bool) -> None:
@@ -75,7 +76,7 @@ def conv_mlp(channels: int, hidden: int) -> list[nn.Module]:
 
 
 class RepConvBlock(nn.Module):
-    """The block of Base-Net and Overview-Net (figure 4a), `[B, C, H, W]`. scaled: the identity goes through an `Affine`."""
+    """The block of Base-Net and Overview-Net, `[B, C, H, W]`. scaled: the identity goes through an `Affine`."""
 
     def __init__(self, channels: int, kernel: int, mlp_ratio: int, scaled: bool, merged: bool, drop_path: float) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ def neighbourhoods(height: int, width: int, kernel: int, device: torch.device) -
 
 
 class ContMix(nn.Module):
-    """The context-mixing dynamic convolution (section 3.3).
+    """The context-mixing dynamic convolution.
 
     x: `[B, C, H, W]`, what is convolved. query, key: `[B, C, H, W]` and `[B, context, H, W]`. Every place compares its query with
     the means of the key in 7 × 7 regions; a linear layer turns the affinities into two softmaxed kernels, of 5 × 5 and of
@@ -167,13 +168,21 @@ class ContMix(nn.Module):
 
 
 class DynamicBlock(nn.Module):
-    """The block of Focus-Net (figure 4b): features x `[B, C, H, W]` and context h `[B, context, H, W]` to new ones.
+    """The block of Focus-Net: features x `[B, C, H, W]` and context h `[B, context, H, W]` to new ones.
 
     first: h is the Overview-Net's context itself; in later blocks that context, `overview`, is added to h again.
     """
 
     def __init__(
-        self, channels: int, context: int, kernel: int, num_heads: int, mlp_ratio: int, first: bool, merged: bool, drop_path: float
+        self,
+        channels: int,
+        context: int,
+        kernel: int,
+        num_heads: int,
+        mlp_ratio: int,
+        first: bool,
+        merged: bool,
+        drop_path: float,
     ) -> None:
         super().__init__()
         both = channels + context

@@ -1,9 +1,9 @@
 """SpectFormer: the first blocks filter the spectrum of the tokens, the later ones attend.
 
-Patro, Namboodiri and Agneeswaran, "SpectFormer: Frequency and Attention is what you need in a Vision Transformer" (WACV 2025). Facts
-from the official repository, badripatro/SpectFormers. The Fourier transform is a product of matrices here, which every runtime has.
-The official vanilla file fixes 6 heads, and says 4 for tiny and 12 for base; 12 do not divide base's 512 channels, so that base has 8
-here, each as wide as in the others.
+Patro, Namboodiri and Agneeswaran, "SpectFormer: Frequency and Attention is what you need in a Vision Transformer" (WACV 2025).
+Facts from the official repository, badripatro/SpectFormers. The Fourier transform is a product of matrices here, which every
+runtime has. The official vanilla file fixes 6 heads, and says 4 for tiny and 12 for base; neither divides base's 512 channels, so
+that base has 8 here, each as wide as in the others.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class SpectFormer(Classifier):
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.Sequential()
         for i, rate in enumerate(cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))):
-            shared: dict[str, Any] = dict(qkv_bias=True, norm_layer=Norm, proj_drop=drop_rate, attn_drop=drop_rate, drop_path=rate)
+            shared: dict[str, Any] = dict(
+                qkv_bias=True, norm_layer=Norm, proj_drop=drop_rate, attn_drop=drop_rate, drop_path=rate
+            )
             attends = i >= alpha
             self.blocks.append(
                 Block(embed_dim, num_heads, mlp_ratio, **shared)
@@ -110,7 +112,7 @@ class SpectFormer(Classifier):
 
 
 class StageBlock(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), its MLP with a depthwise convolution; tokens `[B, h · w, C]` of a grid (h, w)."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), the MLP with a depthwise convolution; tokens `[B, h · w, C]`."""
 
     def __init__(self, channels: int, mixer: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class Stage(TokenStage):
 
 
 class SpectFormerH(TokenPyramid):
-    """The hierarchical architecture: two stages of spectral blocks, two of attention. Images `[B, C, *img_size]` to `[B, num_classes]`.
+    """The hierarchical architecture, two spectral stages and two of attention: `[B, C, *img_size]` to `[B, num_classes]`.
 
     It was trained by token labeling (Jiang et al., NeurIPS 2021), and its logits are the class token's and half of the largest
     among those that `aux_head` gives of the other tokens. Training with mixed tokens is not part of the model here.
@@ -196,7 +198,7 @@ class SpectFormerH(TokenPyramid):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """As any classifier's, the auxiliary head with it."""
         super().reset_classifier(num_classes, global_pool)
-        self.aux_head, main = self.head, self.head
+        main = self.head
         super().reset_classifier(num_classes)
         self.head, self.aux_head = main, self.head
 
@@ -212,7 +214,7 @@ class SpectFormerH(TokenPyramid):
 
 
 def convert_h(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names of the hierarchical architecture to ours: queries join keys and values, an MLP's linears become 1 × 1 convolutions."""
+    """Official names to ours: queries join keys and values, and the linears of an MLP become 1 × 1 convolutions."""
     names = {}
     for key, tensor in renamed(state, (r"^post_network\.0\.", "stages.3.end."), (r"dwconv\.dwconv", "dwconv")).items():
         part, _, rest = key.partition(".")
@@ -255,8 +257,18 @@ HIERARCHICAL: dict[str, dict[str, Any]] = {
 }
 for _name, _arguments in VANILLA.items():
     _timm = f"spectformer_vanilla_{_name}"
-    publish(SpectFormer, _timm, _arguments, variant=f"spectformer--vanilla_{_name}", fixed_input_size=True, first_conv="patch_embed.proj")
+    publish(
+        SpectFormer,
+        _timm,
+        _arguments,
+        variant=f"spectformer--vanilla_{_name}",
+        fixed_input_size=True,
+        first_conv="patch_embed.proj",
+    )
 for _name, _arguments in HIERARCHICAL.items():
-    _timm, _cfg = f"spectformer_{_name}", dict(fixed_input_size=True, first_conv="stages.0.stem.0.0", classifier=("head", "aux_head"))
+    _timm, _cfg = (
+        f"spectformer_{_name}",
+        dict(fixed_input_size=True, first_conv="stages.0.stem.0.0", classifier=("head", "aux_head")),
+    )
     publish(SpectFormerH, _timm, _arguments, variant=f"spectformer--hierarchical_{_name}", convert=convert_h, **_cfg)
     official(f"spectformer--{_timm}", model_entrypoint(_timm), convert_h)

@@ -1,8 +1,8 @@
 """SReT: every block runs twice with the same weights, and attends within slices of the tokens to pay for it.
 
-Shen, Liu and Xing, "Sliced Recursive Transformer" (ECCV 2022). Facts from the official repository, szq0214/SReT. Its second run of
-a block mixes the tokens by a random permutation before it slices them, in evaluation too, so that its answers are random; here a
-permutation is drawn in training alone, and evaluation slices the tokens in their order.
+Shen, Liu and Xing, "Sliced Recursive Transformer" (ECCV 2022). Facts from the official repository, szq0214/SReT. There the
+second run of a block slices the tokens in a random order, in evaluation too, so that its answers are random; here the order is
+random in training alone, and evaluation slices the tokens as they lie.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ class Stem(nn.Module):
 class SReT(Pyramid):
     """Images `[B, C, *img_size]` to logits `[B, num_classes]`; the sides of `img_size` are multiples of 8.
 
-    depths: shared blocks of each stage; each counts twice in the paper's. groups1, groups2: slices of each stage's tokens in the first
-    and the second run of a block. mlp_ratio, np_mlp_ratio: hidden width of the blocks' MLPs and of the non-linear projections'.
+    depths: shared blocks of each stage; each counts twice in the paper's. groups1, groups2: slices of each stage's tokens in
+    the first and the second run of a block. mlp_ratio, np_mlp_ratio: hidden widths of the blocks' MLPs and of the non-linear
+    projections', over the stage's.
     """
 
     def __init__(
@@ -133,8 +134,8 @@ class SReT(Pyramid):
                 rows, columns = (rows + 1) // 2, (columns + 1) // 2
             if any(side % 8 for side in size) or any(rows * columns % n for n in groups):
                 raise VitreousError(
-                    f"SReT: images of {size[0]} × {size[1]} must have sides that are multiples of 8, and the {rows} × {columns} tokens of "
-                    f"stage {i} must divide into {groups} slices: choose another img_size, or groups1 and groups2"
+                    f"SReT: the sides of img_size {size} must be multiples of 8, and the {rows} × {columns} tokens of stage {i} "
+                    f"must divide into {groups} slices: choose another img_size, or groups1 and groups2"
                 )
             pool = nn.Conv2d(widths[i - 1], width, 3, 2, 1, groups=widths[i - 1]) if i else nn.Identity()
             make = partial(RecursiveBlock, width, heads[i], mlp_ratio, np_mlp_ratio, groups)

@@ -1,8 +1,8 @@
 """T2T-ViT: neighbouring tokens gathered into one, twice, before a deep narrow ViT.
 
 Yuan et al., "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet" (ICCV 2021). Facts from the official
-repository, yitu-opensource/T2T-ViT. Attention is scaled by head_dim**-0.5, as its constructors and its evaluation commands do; with
-`pretrained=True` it would scale by embed_dim**-0.5, but gives no address to load from.
+repository, yitu-opensource/T2T-ViT. Attention is scaled by head_dim**-0.5, as its constructors and its evaluation commands do;
+its `pretrained=True` would scale by embed_dim**-0.5, but gives no address to load from.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class TokensToToken(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channels of tokens `[B, N, C]` weighed by their mean over all tokens: Hu et al., "Squeeze-and-Excitation Networks", 2018."""
+    """Channels of tokens `[B, N, C]` weighed by their means: Hu et al., "Squeeze-and-Excitation Networks", 2018."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -276,5 +276,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANTS |= {f"t2t_vit_t_{size}": {**VARIANTS[f"t2t_vit_{size}"], "tokens_type": "transformer"} for size in (14, 19, 24)}
 for _name, _arguments in VARIANTS.items():
     publish(T2TViT, _name, _arguments, variant=f"t2t-vit--{_name}", convert=convert, fixed_input_size=True, first_conv=None)
-publish(T2TViT, "t2t_vit_14_384", dict(img_size=384), variant="t2t-vit--t2t_vit_14_384", convert=convert, size=384, first_conv=None)
+publish(
+    T2TViT, "t2t_vit_14_384", dict(img_size=384), variant="t2t-vit--t2t_vit_14_384", convert=convert, size=384, first_conv=None
+)
 official("t2t-vit--t2t_vit_7_kqv", model_entrypoint("t2t_vit_7"), convert)  # the reference outputs have it with other weights

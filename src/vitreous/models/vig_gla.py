@@ -23,7 +23,7 @@ NORMALIZER = 16  # the logarithm of a gate is the logarithm of a sigmoid over th
 
 
 class BidirectionalGLA(nn.Module):
-    """BiGLA (section 3.2) and the 2D gating locality injection (section 3.3) on maps `[B, C, H, W]`.
+    """BiGLA and the 2D gating locality injection on maps `[B, C, H, W]`.
 
     One q, k and v serve both directions, each of which has gates of its own; what a direction reads includes the token itself.
     share: what their sum is multiplied by. conv_act, out_act: whether SiLU follows the convolution, and precedes the output's

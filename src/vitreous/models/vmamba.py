@@ -1,6 +1,6 @@
 """What the descendants of VMamba share: overlapping stems and downsampling, and the names of their checkpoints.
 
-Liu et al., "VMamba: Visual State Space Model" (NeurIPS 2024), section 4.3. No model by itself.
+Liu et al., "VMamba: Visual State Space Model" (NeurIPS 2024). No model by itself.
 """
 
 from __future__ import annotations

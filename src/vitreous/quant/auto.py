@@ -22,7 +22,6 @@ IMAGES = 64  # images whose activations are held at a time; of more, the first
 PLACES = 6  # of which the inputs are held at a time; a place is what some layers read together
 ROWS = 2048  # tokens on which candidates are fitted, and as many on which they are compared
 ALPHAS = (0.0, 0.5, 0.75, 1.0)
-MARGINS = (1.0, 1.1, 1.25, 1.5)  # how much wider than seen a range is made
 RIDGE = 1.0  # share of the mean diagonal that holds a corrected weight to the original
 
 Layer = QuantLinear | QuantConv2d
@@ -56,8 +55,6 @@ class Auto(PostTraining):
       divisor go into the LayerNorm before; before the projection of attention into the rows of the values, which is as exact,
       for the rows of a softmax sum to 1; behind an activation function they are a multiplication and addition of their own.
       Of each place the α is taken that leaves the least error of its output.
-    - *Range*: other images hold larger values than the few that were seen, and what they lose by clipping is much. Ranges are
-      widened by the factor that would have left the least error had each half of the images been quantized by the other's.
     - *Rounding* is GPTQ's, on the inputs that the layer has when all before it is quantized, after the weight moved to the
       least squares fit of the float outputs from these inputs; the bias makes up for what is left of the mean.
 
@@ -289,8 +286,7 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
         tried[alpha] = ((error / max(size, 1e-12)) ** 0.5, divisor, centre)
     alpha = min(tried, key=lambda a: tried[a][0])
     error, divisor, centre = tried[alpha]
-    margin = min(MARGINS, key=lambda m: missed(given, divisor, centre, weights, x, m))
-    scale, zero = x.grid(margin * ((low - centre) / divisor).amin(), margin * ((high - centre) / divisor).amax())
+    scale, zero = x.grid(((low - centre) / divisor).amin(), ((high - centre) / divisor).amax())
     if take:
         take(divisor, centre)
     for w, layer in zip(weights, layers, strict=True):
@@ -303,19 +299,6 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
         layer.quant_x.watcher = layer.quant_w.watcher = None
     versus = f", {100 * tried[0.0][0]:.1f} % at α = 0" if alpha else ""
     return f"inputs balanced with α = {alpha:g}: its output is {100 * error:.1f} % off{versus}"
-
-
-def missed(given: Tensor, divisor: Tensor, centre: Tensor, weights: list[Tensor], x: Quantizer, margin: float) -> float:
-    """The squared error of outputs `given @ w.T` when ranges, `margin` times as wide, come from the other half of the images."""
-    halves = ((given - centre) / divisor).split(-(-len(given) // 2))
-    error = 0.0
-    for mine, other in zip(halves, halves[::-1], strict=True):
-        low, high = other.aminmax()
-        off = on_grid(mine, *x.grid(margin * low, margin * high), x.high) - mine
-        for w in weights:
-            e = off @ (w * divisor).T
-            error += float((e - e.mean(0)).square().sum())
-    return error
 
 
 def balance(low: Tensor, high: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
