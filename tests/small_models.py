@@ -41,14 +41,17 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
-    "uniformer": Small(
-        "uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1))
-    ),
+    "uniformer": Small("uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1))),
     "crossformer": Small(
-        "crossformer_pp_small", dict(embed_dim=16, num_heads=(1, 2, 4, 4), groups=(4, 4, 4, 7), depths=(1, 2, 4, 1))
+        "crossformer_pp_small", dict(embed_dim=48, num_heads=(2, 2, 4, 4), groups=(4, 4, 4, 7), depths=(1, 2, 4, 1))
     ),
     "smt": Small("smt_t", dict(embed_dims=(16, 16, 32, 32), heads=(0, 0, 4, 4), depths=(1, 1, 2, 1))),
-    "cvt": Small("cvt_13", dict(embed_dims=(16, 24, 32), num_heads=(1, 2, 4), depths=(1, 1, 2))),
+    "cvt": Small(
+        "cvt_13",
+        dict(embed_dims=(16, 24, 32), num_heads=(1, 2, 4), depths=(1, 1, 2)),
+        # The head reads the class token alone, whose query passes by the last block's convolution.
+        unused=("stages.2.blocks.1.attn.conv_q",),
+    ),
     "overlock": Small(
         "overlock_xt",
         dict(embed_dims=(16, 16, 16, 32), depths=(1, 1, 1, 1), sub_depths=(2, 1), sub_num_heads=(1, 2), kernels=(7, 7, 7, 7)),
@@ -96,5 +99,36 @@ SMALL: dict[str, Small] = {
         side=32,
         other_side=None,
         resized=dict(img_size=48),
+    ),
+    "sret": Small(
+        "sret_t",
+        dict(img_size=64, base_dim=8, heads=(1, 2, 4), depths=(1, 1, 1)),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "crate": Small(
+        "crate_tiny",
+        dict(img_size=64, embed_dim=32, num_heads=2, depth=2),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "dhvt": Small("dhvt_tiny_imagenet_patch16", dict(embed_dim=48, depth=2)),
+    "illama": Small(
+        "illama_tiny",
+        dict(img_size=64, embed_dim=32, num_heads=2, depth=2),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "spectformer": Small(
+        "spectformer_s",
+        dict(img_size=64, stem_hidden_dim=8, embed_dims=(16, 16, 24, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "spectformer vanilla": Small(
+        "spectformer_vanilla_ti",
+        dict(img_size=64, embed_dim=32, num_heads=2, depth=3, alpha=1),
+        other_side=None,
+        resized=dict(img_size=96),
     ),
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import timm
 import torch
@@ -12,11 +14,11 @@ from vitreous.models.litv2 import DeformableMerging, HiLoAttention
 def test_the_merging_is_a_deformable_convolution() -> None:
     """Also beyond the border, where there is nothing."""
     torch.manual_seed(0)
-    merging = DeformableMerging(6).eval()
+    merging = cast(Any, DeformableMerging(6).eval())
     merging.norm, merging.act = torch.nn.Identity(), torch.nn.Identity()
     torch.nn.init.normal_(merging.offset.weight, std=0.7)
     x = torch.randn(2, 6, 8, 12)
-    wanted = deform_conv2d(x, merging.offset(x), merging.conv.weight.view(12, 6, 2, 2), merging.conv.bias, stride=2)
+    wanted = deform_conv2d(x, merging.offset(x), merging.conv.weight.view(12, 6, 2, 2), merging.conv.bias, stride=(2, 2))
     torch.testing.assert_close(merging(x), wanted, rtol=1e-5, atol=1e-5)
 
 

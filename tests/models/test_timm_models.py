@@ -158,7 +158,7 @@ MODELS: dict[str, Timm] = {
         named("halonet26t", width_factor=0.25),
         side=256,
         seen=3,
-        refused=NO_GRID | not_plain("stages.2", "lies in no block that has a norm of its own"),
+        refused=NO_GRID | not_plain("stages.2.1.self_attn", "lies in no block that has a norm of its own"),
     ),
     "vitamin": Timm(
         named("vitamin_small_224", img_size=64, depth=2),

@@ -32,7 +32,8 @@ class CrossScaleEmbedding(nn.Module):
         super().__init__()
         widths = [outputs // 2 ** min(i + 1, len(kernels) - 1) for i in range(len(kernels))]
         self.projs = nn.ModuleList(
-            nn.Conv2d(inputs, width, kernel, stride, (kernel - stride) // 2) for kernel, width in zip(kernels, widths, strict=True)
+            nn.Conv2d(inputs, width, kernel, stride, (kernel - stride) // 2)
+            for kernel, width in zip(kernels, widths, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,8 +53,8 @@ class DynamicPositionBias(nn.Sequential):
 class GroupAttention(nn.Module):
     """LSDA (section 3.2) on a map `[B, H, W, C]`: attention within groups of `group` × `group` places.
 
-    interval: 1 for neighbours (SDA); else a group takes every interval-th place (LDA). A map whose smaller side is no larger than a
-    group is one group, as wide as that side, with interval 1. Maps are padded to whole groups and padding is not attended to.
+    interval: 1 for neighbours (SDA); else a group takes every interval-th place (LDA). Where a side of the map is no larger than
+    a group, groups are as wide as that side and their interval is 1. Maps are padded to whole groups; padding is not attended to.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ from .token_pyramid import Grid, TokenPyramid, TokenStage
 
 
 class ConvolutionalAttention(nn.Module):
-    """Section 3.2, on tokens `[B, N, C]` of a grid (h, w): q, k and v each see a depthwise 3 × 3 convolution and a BatchNorm before
-    their linear layer; those of k and v have a stride of 2. A class token, when there is one, passes by the convolutions.
+    """Section 3.2, on tokens `[B, N, C]` of a grid (h, w): q, k and v each have a depthwise 3 × 3 convolution and a BatchNorm
+    before their linear layer, those of k and v with a stride of 2. A class token, when there is one, passes by the convolutions.
 
     Scores are divided by √C, not by the root of a head's width, as in the official code.
     """

@@ -1,8 +1,8 @@
 """HorNet: interactions of high order without attention. Rao et al., "HorNet: Efficient High-Order Spatial Interactions with
 Recursive Gated Convolutions" (NeurIPS 2022).
 
-Facts from the official repository, raoyongming/HorNet. The Fourier transform of the GF models is a product of matrices here, equal
-to the fast one up to rounding, so that the models run everywhere.
+Facts from the official repository, raoyongming/HorNet. The Fourier transform of the GF models is a product of matrices here,
+equal to the fast one up to rounding, so that the models run everywhere.
 """
 
 from __future__ import annotations

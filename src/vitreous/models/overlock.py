@@ -50,8 +50,8 @@ class DilatedReparam(nn.Module):
             self.branches = nn.ModuleDict({n: nn.Sequential(conv(*kind), nn.BatchNorm2d(channels)) for n, kind in kinds.items()})
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = (branch(x) for branch in self.branches.values())
-        return sum(others, first)
+        parts: list[Tensor] = [branch(x) for branch in self.branches.values()]
+        return sum(parts[1:], parts[0])
 
 
 class Affine(nn.Module):
@@ -123,7 +123,7 @@ def neighbourhoods(height: int, width: int, kernel: int, device: torch.device) -
     def pairs(rows: Tensor, columns: Tensor, width: int) -> Tensor:
         return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
-    return pairs(*places, width), pairs(*offsets, 2 * kernel - 1)
+    return pairs(places[0], places[1], width), pairs(offsets[0], offsets[1], 2 * kernel - 1)
 
 
 class ContMix(nn.Module):

@@ -25,8 +25,8 @@ norm_layer = partial(LayerNorm2d, eps=1e-6)
 class ScaleAwareModulation(nn.Module):
     """SAM (section 3.1) on maps `[B, C, H, W]`: v times what convolutions of several sizes saw.
 
-    Head i of n sees a depthwise convolution of 3 + 2i (MHMC). Aggregation (SAA) regroups the channels so that each group holds one
-    channel of every head, and mixes within groups, then across.
+    Head i of n has a depthwise convolution of 3 + 2i (MHMC). Aggregation (SAA) regroups the channels so that each group holds
+    one channel of every head, and mixes within groups, then across.
     """
 
     def __init__(self, channels: int, heads: int, drop: float = 0.0, expand: int = 2) -> None:

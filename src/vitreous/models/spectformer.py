@@ -9,6 +9,7 @@ that base has 8 here, each as wide as in the others.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -22,9 +23,8 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..mixers import DepthwiseMlp, conv_norm, irfft2, require_size, rfft2
-from .classifier import Classifier, init_weights
+from .classifier import Classifier, Pyramid, init_weights
 from .official import official, publish, renamed
-from .token_pyramid import TokenPyramid, TokenStage, as_map
 
 Norm = partial(nn.LayerNorm, eps=1e-6)
 Grid = tuple[int, int]
@@ -122,11 +122,11 @@ class StageBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(as_map(self.norm2(x), grid)).flatten(2).mT)
+        return x + self.drop_path(self.mlp(self.norm2(x).mT.unflatten(2, grid)).flatten(2).mT)
 
 
 class ClassBlock(nn.Module):
-    """`[B, N, C]` to `[B, 1 + N, C]`: a class token that starts as the mean of the tokens attends to all, and has an MLP."""
+    """A map `[B, C, h, w]` to tokens `[B, 1 + h · w, C]`: the mean of all, as a class token, attends to all and has an MLP."""
 
     def __init__(self, channels: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -134,30 +134,50 @@ class ClassBlock(nn.Module):
         self.norm2, self.mlp = Norm(channels), Mlp(channels, int(channels * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).mT
         token = x.mean(1, keepdim=True)
         token = token + self.attn(self.norm1(torch.cat([token, x], 1)))
         return torch.cat([token + self.mlp(self.norm2(token)), x], 1)
 
 
-class Stage(TokenStage):
-    """A map to a map: a stem, a strided convolution, blocks; then a norm, or, in the last stage, a `ClassBlock`."""
+class Stem(nn.Sequential):
+    """Images `[B, C, *img_size]` to maps `[B, width, H / 2, W / 2]` by three convolutions."""
 
-    def __init__(self, stem: nn.Module, proj: nn.Conv2d, blocks: Iterable[nn.Module], end: nn.Module) -> None:
-        super().__init__(proj, blocks)
-        self.stem, self.end = stem, end
+    def __init__(self, in_chans: int, width: int, img_size: Grid) -> None:
+        convs = (conv_norm(in_chans, width, 7, 2), conv_norm(width, width, 3), conv_norm(width, width, 3))
+        super().__init__(*(part for conv in convs for part in (conv, nn.ReLU())))
+        self.img_size = img_size
 
-    def tokens(self, x: Tensor) -> tuple[Tensor, Grid]:
-        x, grid = super().tokens(self.stem(x))
-        return self.end(x), grid
+    def forward(self, input: Tensor) -> Tensor:
+        require_size(input, self.img_size, "SpectFormer")
+        return super().forward(input)
 
 
-class SpectFormerH(TokenPyramid):
+class Stage(nn.Module):
+    """A map to a map of half the side: a convolution and a norm, blocks on tokens, and `end`."""
+
+    def __init__(self, inputs: int, channels: int, blocks: Iterable[nn.Module], end: nn.Module) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Conv2d(inputs, channels, 3, 2, 1), nn.LayerNorm(channels)
+        self.blocks, self.end = nn.ModuleList(blocks), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        grid = (x.shape[2], x.shape[3])
+        x = self.norm(x.flatten(2).mT)
+        for block in self.blocks:
+            x = block(x, grid)
+        return self.end(x).mT.unflatten(2, grid)
+
+
+class SpectFormerH(Pyramid):
     """The hierarchical architecture, two spectral stages and two of attention: `[B, C, *img_size]` to `[B, num_classes]`.
 
     It was trained by token labeling (Jiang et al., NeurIPS 2021), and its logits are the class token's and half of the largest
     among those that `aux_head` gives of the other tokens. Training with mixed tokens is not part of the model here.
     """
 
+    global_pool = "token"
     aux_head: nn.Module
 
     def __init__(
@@ -174,24 +194,21 @@ class SpectFormerH(TokenPyramid):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(embed_dims, (4, 8, 16, 32), drop_rate)
-        self.img_size = cast(Grid, to_2tuple(img_size))
-        if any(side % 8 for side in self.img_size):
-            raise VitreousError(f"SpectFormer: the sides of img_size {self.img_size} must be multiples of 8")
-        hidden = stem_hidden_dim
-        convs = [conv_norm(in_chans, hidden, 7, 2), conv_norm(hidden, hidden, 3), conv_norm(hidden, hidden, 3)]
+        size = cast(Grid, to_2tuple(img_size))
+        if any(side % 8 for side in size):
+            raise VitreousError(f"SpectFormer: the sides of img_size {size} must be multiples of 8")
+        self.stem = Stem(in_chans, stem_hidden_dim, size)
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
-        inputs = hidden
-        for i, (width, ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
-            stem = nn.Identity() if i else nn.Sequential(*(part for conv in convs for part in (conv, nn.ReLU())))
-            grid = (self.img_size[0] >> (i + 2), self.img_size[1] >> (i + 2))
+        inputs = stem_hidden_dim
+        for i, (width, heads, ratio) in enumerate(zip(embed_dims, num_heads, mlp_ratios, strict=True)):
+            grid = (size[0] >> (i + 2), size[1] >> (i + 2))
             blocks = []
             for rate in rates[i]:
-                mixer = SpectralGatingNetwork(width, grid) if i < 2 else Attention(width, num_heads[i], qkv_bias=True)
+                mixer = SpectralGatingNetwork(width, grid) if i < 2 else Attention(width, heads, qkv_bias=True)
                 blocks.append(StageBlock(width, mixer, ratio, rate))
-            end = Norm(width) if i < 3 else ClassBlock(width, num_heads[i], ratio)
-            self.stages.append(Stage(stem, nn.Conv2d(inputs, width, 3, 2, 1), blocks, end))
+            self.stages.append(Stage(inputs, width, blocks, nn.Identity() if i == len(depths) - 1 else Norm(width)))
             inputs = width
-        self.norm = Norm(embed_dims[-1])
+        self.norm = nn.Sequential(ClassBlock(embed_dims[-1], num_heads[-1], mlp_ratios[-1]), Norm(embed_dims[-1]))
         self.apply(init_weights)
         self.reset_classifier(num_classes)
 
@@ -202,9 +219,11 @@ class SpectFormerH(TokenPyramid):
         super().reset_classifier(num_classes)
         self.head, self.aux_head = main, self.head
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        require_size(x, self.img_size, "SpectFormer")
-        return super().forward_features(x)
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, **kwargs: Any) -> Any:
+        """As any pyramid's, but for `norm`: the final norm is that of tokens with a class token."""
+        if norm:
+            raise VitreousError("SpectFormer's final norm reads tokens, no map: take the maps with norm=False")
+        return super().forward_intermediates(x, indices, **kwargs)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         logits = super().forward_head(x, pre_logits)
@@ -216,32 +235,36 @@ class SpectFormerH(TokenPyramid):
 def convert_h(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official names to ours: queries join keys and values, and the linears of an MLP become 1 × 1 convolutions."""
     names = {}
-    for key, tensor in renamed(state, (r"^post_network\.0\.", "stages.3.end."), (r"dwconv\.dwconv", "dwconv")).items():
-        part, _, rest = key.partition(".")
-        kind, i = part[:-1], part[-1]
-        if kind in ("patch_embed", "block", "norm") and part != "norm4":
-            within = {"patch_embed": "", "block": "blocks.", "norm": "end."}[kind]
-            key = f"stages.{int(i) - 1}.{within}{rest}"
-        if kind == "block" and ".mlp.fc" in key and key.endswith("weight"):
-            tensor = tensor[..., None, None]
-        if ".attn.q." in key and kind == "block":
-            key, tensor = key.replace(".q.", ".qkv."), torch.cat([tensor, state[f"{part}.{rest.replace('.q.', '.kv.')}"]])
-        elif ".attn.kv." in key and kind == "block":
-            continue
-        elif ".attn.kv." in key:
+    for key, tensor in state.items():
+        part = key.split(".")[0]
+        if part.startswith("block"):
+            if ".mlp.fc" in key and key.endswith("weight"):
+                tensor = tensor[..., None, None]
+            if ".attn.q." in key:
+                key, tensor = key.replace(".q.", ".qkv."), torch.cat([tensor, state[key.replace(".q.", ".kv.")]])
+            elif ".attn.kv." in key:
+                continue
+        elif part == "post_network" and ".attn.kv." in key:
             names[key.replace(".kv.", ".k.")], names[key.replace(".kv.", ".v.")] = tensor.chunk(2)
             continue
         names[key] = tensor
-    return renamed(
+    names = renamed(
         names,
-        (r"^norm4\.", "norm."),
-        (r"^stages\.0\.conv\.([036])\.", r"stages.0.stem.\1.0."),
-        (r"^stages\.0\.conv\.1\.", "stages.0.stem.0.1."),
-        (r"^stages\.0\.conv\.4\.", "stages.0.stem.3.1."),
-        (r"^stages\.0\.conv\.7\.", "stages.0.stem.6.1."),
-        (r"^stages\.0\.stem\.3\.", "stages.0.stem.2."),
-        (r"^stages\.0\.stem\.6\.", "stages.0.stem.4."),
+        (r"^post_network\.0\.", "norm.0."),
+        (r"^norm4\.", "norm.1."),
+        (r"^patch_embed1\.conv\.([036])\.", r"stem.\1.0."),
+        (r"^patch_embed1\.conv\.1\.", "stem.0.1."),
+        (r"^patch_embed1\.conv\.4\.", "stem.3.1."),
+        (r"^patch_embed1\.conv\.7\.", "stem.6.1."),
+        (r"^stem\.3\.", "stem.2."),
+        (r"^stem\.6\.", "stem.4."),
+        (r"dwconv\.dwconv", "dwconv"),
     )
+    stage = {"patch_embed": "", "block": "blocks.", "norm": "end."}
+    return {
+        re.sub(r"^(patch_embed|block|norm)(\d)\.", lambda m: f"stages.{int(m[2]) - 1}.{stage[m[1]]}", k): v
+        for k, v in names.items()
+    }
 
 
 VANILLA: dict[str, dict[str, Any]] = {
@@ -268,7 +291,7 @@ for _name, _arguments in VANILLA.items():
 for _name, _arguments in HIERARCHICAL.items():
     _timm, _cfg = (
         f"spectformer_{_name}",
-        dict(fixed_input_size=True, first_conv="stages.0.stem.0.0", classifier=("head", "aux_head")),
+        dict(fixed_input_size=True, first_conv="stem.0.0", classifier=("head", "aux_head")),
     )
     publish(SpectFormerH, _timm, _arguments, variant=f"spectformer--hierarchical_{_name}", convert=convert_h, **_cfg)
     official(f"spectformer--{_timm}", model_entrypoint(_timm), convert_h)

@@ -19,7 +19,9 @@ from .classifier import Pyramid, init_weights
 from .official import official, publish, renamed
 
 
-def local_block(channels: int, hidden: int, layer_scale: float | None = None, drop: float = 0.0, drop_path: float = 0.0) -> nn.Module:
+def local_block(
+    channels: int, hidden: int, layer_scale: float | None = None, drop: float = 0.0, drop_path: float = 0.0
+) -> nn.Module:
     """DPE, then a block whose MHRA has local affinity (equations 1 to 5): a learned 5 × 5 neighbourhood; `[B, C, H, W]`."""
     affinity = nn.Sequential(
         nn.Conv2d(channels, channels, 1),
@@ -58,10 +60,10 @@ def conv_stem(inputs: int, outputs: int) -> nn.Sequential:
 class UniFormer(Pyramid):
     """Images `[B, C, H, W]` of any size to logits `[B, num_classes]`.
 
-    head_dim: channels of a head. overlap: whether patches overlap. layer_scale: what it starts at in the global blocks, and in the
-    local ones with `scale_local`; None for none. token_labels: whether a second head, `aux_head`, reads every place; half of its
-    largest answer for each class is added (Jiang et al., "All Tokens Matter", 2021). In training too: the official code gives both
-    heads' answers there, for a loss on dense labels that is not here.
+    head_dim: channels of a head. overlap: whether patches overlap. layer_scale: what it starts at in the global blocks, and with
+    `scale_local` in the local ones; None for none. token_labels: whether a second head, `aux_head`, reads every place; half of
+    its largest answer for each class is added (Jiang et al., "All Tokens Matter", 2021). In training too: the official code gives
+    the answers of both heads there, for a loss on dense labels that is not here.
     """
 
     def __init__(
@@ -161,8 +163,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniformer_base": BASE,
     "uniformer_base_ls": dict(**BASE, layer_scale=1e-6),
 }
-# With token labeling. The official names are those of the experiments, as functions of both kinds share names; of these, the models
-# that are not called dim64 or large have heads of 32 channels.
+# With token labeling. The official names are those of the experiments, as functions of both kinds share names; of these models,
+# those that are not called dim64 or large have heads of 32 channels.
 LABELED: dict[str, dict[str, Any]] = {
     "uniformer_small_tl_224": dict(head_dim=32),
     "uniformer_small_tl_384": dict(head_dim=32),
