@@ -41,6 +41,11 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "uniformer light": Small(
+        "uniformer_xxs",
+        dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1)),
+        unused=("norm_cls", "head_cls"),  # read the class token, for a loss of the official training alone
+    ),
     "uniformer": Small("uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1))),
     "crossformer": Small(
         "crossformer_pp_small", dict(embed_dim=48, num_heads=(2, 2, 4, 4), groups=(4, 4, 4, 7), depths=(1, 2, 4, 1))

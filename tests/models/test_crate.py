@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from vitreous import glass
-from vitreous.models.crate import ISTA, MSSA
+from vitreous.models.crate import ISTA, SubspaceAttention
 
 
 def test_ista_lowers_what_it_optimises() -> None:
@@ -23,7 +23,7 @@ def test_ista_lowers_what_it_optimises() -> None:
 def test_query_key_and_value_are_one_code() -> None:
     """The scores are symmetric, so that the map's rows, their normalisation undone, are too."""
     torch.manual_seed(0)
-    attention, x = MSSA(8, 2).eval(), torch.randn(1, 5, 8)
+    attention, x = SubspaceAttention(8, 2).eval(), torch.randn(1, 5, 8)
     with torch.no_grad(), glass(attention) as g:
         attention(x)
     [probabilities] = g.attention

@@ -2,21 +2,26 @@
 
 from .block import MetaBlock
 from .depthwise import ConditionalPosition, DepthwiseMlp, conv_norm
+from .dilated import DilatedReparam
 from .distilled import DistilledHead
 from .fourier import irfft2, rfft2
+from .neighbourhood import adaptive_avg_pool, neighbourhoods
 from .positions import require_size, resample_position, sinusoid
 from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan
 
 __all__ = [
     "ConditionalPosition",
     "DepthwiseMlp",
+    "DilatedReparam",
     "DistilledHead",
     "MetaBlock",
     "SelectiveScan",
+    "adaptive_avg_pool",
     "conv_norm",
     "gated_linear_attention",
     "irfft2",
     "linear_recurrence",
+    "neighbourhoods",
     "require_size",
     "resample_position",
     "rfft2",

@@ -32,6 +32,7 @@ from . import (
     stvit,
     t2t_vit,
     uniformer,
+    uniformer_light,
     van,
     vig_gla,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "stvit",
     "t2t_vit",
     "uniformer",
+    "uniformer_light",
     "van",
     "variants",
     "vig_gla",

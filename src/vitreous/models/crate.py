@@ -21,8 +21,8 @@ from .classifier import Classifier, init_weights
 from .official import official, publish, renamed
 
 
-class MSSA(nn.Module):
-    """Multi-head subspace self-attention (equation 11) on `[B, N, C]`: in each subspace U the code is query, key and value."""
+class SubspaceAttention(nn.Module):
+    """MSSA (equation 11), multi-head subspace self-attention on `[B, N, C]`: in each subspace U the code is query, key and value."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(channels), MSSA(channels, num_heads)
+        self.norm1, self.attn = nn.LayerNorm(channels), SubspaceAttention(channels, num_heads)
         self.norm2, self.ista = nn.LayerNorm(channels), ISTA(channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -171,5 +171,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "small_imagenet_patch16": SMALL | IMAGENET | dict(num_heads=6),
 }
 for _name, _arguments in VARIANTS.items():
-    _cfg = dict(size=32 if "cifar" in _name else 224, num_classes=_arguments["num_classes"], first_conv="patch_embed.proj.0.0")
+    _cfg: dict[str, Any] = dict(
+        size=32 if "cifar" in _name else 224, num_classes=_arguments["num_classes"], first_conv="patch_embed.proj.0.0"
+    )
     publish(DHVT, f"dhvt_{_name}", _arguments, variant=f"dhvt--{_name}", **_cfg)

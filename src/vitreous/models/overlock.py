@@ -17,41 +17,11 @@ from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_pat
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-from ..mixers import ConditionalPosition, conv_norm
+from ..mixers import ConditionalPosition, DilatedReparam, adaptive_avg_pool, conv_norm, neighbourhoods
 from .classifier import Pyramid
 from .official import publish, renamed
 
-DILATED = {  # large kernel: (kernel, dilation) of the branches beside it
-    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
-    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
-    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
-    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
-}
 Carried = tuple[Tensor, Tensor, Tensor]  # of stage 3: its map, the context for stage 4, the Overview-Net's map
-
-
-class DilatedReparam(nn.Module):
-    """A large depthwise convolution and dilated ones beside it, each normalised; or, `merged`, the one that is their sum.
-
-    Maps `[B, C, H, W]`. Ding et al., "UniRepLKNet" (CVPR 2024).
-    """
-
-    def __init__(self, channels: int, kernel: int, merged: bool) -> None:
-        super().__init__()
-
-        def conv(size: int, dilation: int) -> nn.Conv2d:
-            reach = dilation * (size - 1) // 2
-            return nn.Conv2d(channels, channels, size, 1, reach, dilation, channels, bias=merged)
-
-        if merged:
-            self.branches = nn.ModuleDict({"large": nn.Sequential(conv(kernel, 1))})
-        else:
-            kinds = {"large": (kernel, 1), **{f"k{k}_{r}": (k, r) for k, r in DILATED[kernel]}}
-            self.branches = nn.ModuleDict({n: nn.Sequential(conv(*kind), nn.BatchNorm2d(channels)) for n, kind in kinds.items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts: list[Tensor] = [branch(x) for branch in self.branches.values()]
-        return sum(parts[1:], parts[0])
 
 
 class Affine(nn.Module):
@@ -94,36 +64,6 @@ class RepConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dwconv(x)
         return self.ls(x) + self.drop_path(self.proj(x))
-
-
-def adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
-    """`F.adaptive_avg_pool2d` as two products: `[…, H, W]` to `[…, *size]`."""
-
-    def means(n: int, to: int) -> Tensor:
-        i, place = torch.arange(to, device=x.device)[:, None], torch.arange(n, device=x.device)
-        inside = ((place >= i * n // to) & (place * to < (i + 1) * n)).to(x.dtype)
-        return inside / inside.sum(1, keepdim=True)
-
-    return means(x.shape[-2], size[0]) @ x @ means(x.shape[-1], size[1]).mT
-
-
-def neighbourhoods(height: int, width: int, kernel: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every place of a map the `kernel` × `kernel` places around it, `[H · W, kernel²]`, and their relative positions.
-
-    At the border the square stays inside of the map, so that the place is no longer in its middle. Relative positions count in a
-    table of (2 · kernel − 1)² entries. Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023).
-    """
-    places, offsets = [], []
-    for side in (height, width):
-        i = torch.arange(side, device=device)[:, None]
-        near = (i - kernel // 2).clamp(0, side - kernel) + torch.arange(kernel, device=device)
-        places.append(near)
-        offsets.append(near - i + kernel - 1)
-
-    def pairs(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-        return (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)
-
-    return pairs(places[0], places[1], width), pairs(offsets[0], offsets[1], 2 * kernel - 1)
 
 
 class ContMix(nn.Module):

@@ -197,7 +197,7 @@ class T2TViT(Classifier):
                     blocks.append(DenseBlock(growth_rate, width, num_heads, mlp_ratio, **shared))
                     width += growth_rate
                     continue
-                block = Block(width, num_heads, mlp_ratio, **shared)
+                block: Any = Block(width, num_heads, mlp_ratio, **shared)
                 if kind == "se":
                     block.ls1 = SqueezeExcite(width)
                 elif kind == "ghost":

@@ -28,8 +28,7 @@ def simulated(model: Model) -> str | None:
 
 
 def caller(name: str, model: Model) -> Callable[[Tensor], Tensor]:
-    """`model` as a function from images to outputs `[B, K]` float32, both on the CPU; on meta where the model is, which has nothing
-    to bring home.
+    """`model` as a function from images to outputs `[B, K]` float32, both on the CPU, or both on meta.
 
     Bringing the answer home waits for a GPU to finish, so that timing the function times the model.
     Raises `VitreousError` naming the model when it fails or gives something else.

@@ -28,8 +28,9 @@ def transformer_attribution(model: nn.Module, x: Tensor, target: int | Tensor | 
         target: class index for all images, or `[B]`; the predicted class by default. A model without a classifier is
             explained by the squared norm of its features.
 
-    `benchmarks/see.py cost` counts its forward passes. Raises `VitreousError` for models whose blocks are not plain or shorten the sequence, and
-    for unknown targets.
+    `benchmarks/see.py cost` counts its forward passes.
+
+    Raises `VitreousError` for models whose blocks are not plain or shorten the sequence, and for unknown targets.
     """
     return in_parts(_attribution, model, x, target, "see.transformer_attribution")
 
