@@ -22,7 +22,7 @@ from .official import official, publish, renamed
 
 
 class SubspaceAttention(nn.Module):
-    """MSSA (equation 11), multi-head subspace self-attention on `[B, N, C]`: in each subspace U the code is query, key and value."""
+    """MSSA (equation 11), multi-head subspace self-attention on `[B, N, C]`: one code in each subspace is query, key, value."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()

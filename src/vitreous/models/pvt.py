@@ -68,7 +68,7 @@ class PVT(TokenPyramid):
     ) -> None:
         super().__init__(embed_dims, (4, 8, 16, 32), drop_rate)
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
-        height, width = to_2tuple(img_size)
+        height, width = cast(Grid, to_2tuple(img_size))
         for i, (channels, heads, ratio, sr) in enumerate(zip(embed_dims, num_heads, mlp_ratios, sr_ratios, strict=True)):
             patch = 2 if i else 4
             height, width = height // patch, width // patch

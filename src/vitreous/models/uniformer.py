@@ -38,7 +38,7 @@ class GlobalBlock(Block):
     """DPE, then a block whose MHRA has global affinity (equation 6): softmax attention over all places of `[B, C, H, W]`."""
 
     def __init__(self, dim: int, num_heads: int, **kwargs: Any) -> None:
-        super().__init__(dim, num_heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), **kwargs)
+        super().__init__(dim, num_heads, qkv_bias=True, norm_layer=cast(Any, partial(nn.LayerNorm, eps=1e-6)), **kwargs)
         self.position = ConditionalPosition(dim)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

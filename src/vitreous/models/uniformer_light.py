@@ -43,6 +43,11 @@ class ScoringAttention(nn.Module):
         return self.proj_drop(self.proj(x)), attention[:, :, 0].mean(1)
 
 
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens `[B, N, C]` in the `order` `[B, N]`."""
+    return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class EvolvingBlock(nn.Module):
     """A block on a map `[B, C, H, W]`, a class token `[B, 1, C]` and the scores of the places `[B, H · W]`; gives all three.
 
@@ -74,14 +79,14 @@ class EvolvingBlock(nn.Module):
         else:
             half = places.shape[1] // 2
             order = scores.argsort(1, descending=True)
-            places, scores = places.take_along_dim(order[:, :, None], 1), scores.take_along_dim(order, 1)
+            places, scores = reordered(places, order), scores.gather(1, order)
             rest, weights = places[:, half:], scores[:, half:]
             summed = (rest * (weights / weights.sum(1, keepdim=True))[:, :, None]).sum(1, keepdim=True)
             tokens, fast, attended = self.update(torch.cat([token, places[:, :half], summed], 1))
             places = torch.cat([tokens[:, 1:-1], rest + fast], 1)
             scores = torch.cat([0.5 * scores[:, :half] + 0.5 * attended[:, :-1], scores[:, half:]], 1)
             back = order.argsort(1)
-            places, scores = places.take_along_dim(back[:, :, None], 1), scores.take_along_dim(back, 1)
+            places, scores = reordered(places, back), scores.gather(1, back)
         return places.mT.unflatten(2, grid), tokens[:, :1], scores
 
 
@@ -165,7 +170,7 @@ class UniFormerLight(Pyramid):
         if output_fmt != "NCHW":
             raise VitreousError(f"{type(self).__name__} gives its maps as NCHW, not {output_fmt}")
         taken, last = feature_take_indices(len(self.feature_info), indices)
-        maps, token, scores = [], self.cls_token.expand(x.shape[0], -1, -1), None
+        maps, token, scores = [], self.cls_token.repeat(x.shape[0], 1, 1), None
         for i, stage in enumerate(self.stages):
             if i > last and stop_early:
                 break
