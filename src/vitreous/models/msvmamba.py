@@ -65,10 +65,10 @@ class MultiScaleScan(nn.Module):
         half = self.three_ways(self.act(self.conv_half(x)))
         size = x.shape[2:]
         if self.v3:
-            y = self.norm(full + F.interpolate(sum(half[1:], half[0]), size))
+            y = self.norm(full + F.interpolate(half[0] + half[1] + half[2], size))
         else:
             half = [self.norm(part) for part in half]
-            y = self.norm(full) + F.interpolate(sum(half[1:], half[0]), size, mode="bilinear")
+            y = self.norm(full) + F.interpolate(half[0] + half[1] + half[2], size, mode="bilinear")
         y = self.se(y)
         return self.out_proj(y if gate is None else y * self.act(gate))
 
