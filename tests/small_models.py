@@ -85,7 +85,7 @@ SMALL: dict[str, Small] = {
         other_side=None,
         resized=dict(img_size=96),
     ),
-    "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=2, num_heads=3), attention=False),
+    "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=1, num_heads=3), attention=False),
     "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(1, 1, 1, 1)), attention=False),
     "channelvit": Small("channelvit_small", dict(img_size=64, embed_dim=32, num_heads=2, depth=2)),
     "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
