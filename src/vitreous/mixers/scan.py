@@ -29,10 +29,21 @@ def linear_recurrence(a: Tensor, u: Tensor) -> Tensor:
         return u
     if length % 2:
         a, u = F.pad(a, (0, 0, 0, 0, 0, 1)), F.pad(u, (0, 0, 0, 0, 0, 1))
-    (a0, a1), (u0, u1) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (a, u))
+    (a0, a1), (u0, u1) = pairs(a), pairs(u)
     odd = linear_recurrence(a0 * a1, a1 * u0 + u1)
-    even = u0 + a0 * F.pad(odd[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    return torch.stack([even, odd], -3).flatten(-4, -3)[..., :length, :, :]
+    even = u0 + a0 * behind(odd)
+    h = torch.stack([even, odd], -3).flatten(-4, -3)
+    return h[..., :length, :, :] if length % 2 else h
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every second of `[…, L, *, *]`, from the first and from the second."""
+    return x[..., ::2, :, :], x[..., 1::2, :, :]
+
+
+def behind(x: Tensor) -> Tensor:
+    """At each of `[…, L, *, *]` the one before it, at the first 0."""
+    return F.pad(x, (0, 0, 0, 0, 1, -1))
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: int = 32) -> Tensor:
@@ -58,13 +69,12 @@ def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor, chunk: in
     decay = g.exp()
     out, q, keep = (q * k).sum(-1, keepdim=True) * v, q * decay, decay
     for _ in range(int(math.log2(chunk))):
-        (q0, q1), (k0, k1), (v0, v1), (o0, o1), (d0, d1) = (x.unflatten(-3, (-1, 2)).unbind(-3) for x in (q, k, v, out, keep))
+        (q0, q1), (k0, k1), (v0, v1), (o0, o1), (d0, d1) = map(pairs, (q, k, v, out, keep))
         out = torch.cat([o0, o1 + (q1 @ k0.mT) @ v0], -2)
         q, k, v, keep = torch.cat([q0, q1 * d0], -2), torch.cat([k0 * d1, k1], -2), torch.cat([v0, v1], -2), d0 * d1
 
     states = linear_recurrence(keep.mT, k.mT @ v)
-    before = F.pad(states[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    return (out + q @ before).flatten(-3, -2)[..., :length, :].to(kind)
+    return (out + q @ behind(states)).flatten(-3, -2)[..., :length, :].to(kind)
 
 
 def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
