@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from small_models import SMALL
 from support import small_vit
 from torch import Tensor, nn
 
@@ -98,3 +99,14 @@ def test_eigen_cam_finds_what_stands_out_whatever_the_class(x: Tensor) -> None:
 def test_a_layer_behind_the_last_attention_is_an_error_and_no_map_of_zeros(method, images: Tensor) -> None:
     with pytest.raises(VitreousError, match="after the last attention"):
         method(small_vit(), images, layer="blocks.3")
+
+
+def test_of_several_stages_the_last_with_places_that_the_score_depends_on() -> None:
+    """PVT's last stage gives a class token too, which alone is read."""
+    small = SMALL["pvt"]
+    model, x = small.make(), small.images()
+    maps = see.grad_cam(model, x)
+    torch.testing.assert_close(maps, see.grad_cam(model, x, layer="stages.2"))
+    assert maps.shape == (2, 4, 4)
+    with pytest.raises(VitreousError, match="use another layer"):
+        see.grad_cam(model, x, layer="stages.3")

@@ -33,11 +33,30 @@ def places(model: nn.Module, x: Tensor, target: int | Tensor | None, layer: int 
     their share of the token that gathers them, or 0. Frozen weights, `torch.no_grad` and `torch.inference_mode` do not
     matter; parameters receive no gradients.
 
+    Without a `layer`, of several stages it is the last that has places which the score depends on: where a class token is read,
+    the one before it joined.
+
     Raises `VitreousError` for unknown layers or targets, and when no gradient reaches the layer's places.
     """
     check_images(x)
     anatomy = read(model)
-    name, entering = _find(model, anatomy, layer)
+    found = _find(model, anatomy, layer)
+    for name, entering in found:
+        try:
+            return _at(model, x, target, anatomy, name, entering, gradients)
+        except _Elsewhere:
+            if (name, entering) == found[-1]:
+                raise
+    raise AssertionError("a layer is always found")
+
+
+class _Elsewhere(VitreousError):
+    """This layer has no places to show."""
+
+
+def _at(
+    model: nn.Module, x: Tensor, target: int | Tensor | None, anatomy: Anatomy, name: str, entering: bool, gradients: bool
+) -> Places:
     module = model.get_submodule(name)
     seen: list[tuple[Tensor, int]] = []
     with torch.inference_mode(False), torch.no_grad(), still(model), traced(model) as trace:
@@ -83,20 +102,20 @@ def places(model: nn.Module, x: Tensor, target: int | Tensor | None, layer: int 
     else:
         raise VitreousError(f"layer '{name}' of {anatomy.kind} gives {list(values.shape)}, no places: use another layer=")
     if gradients and not found.slopes.any():
-        raise VitreousError(
+        raise _Elsewhere(
             f"no gradient reaches the places of layer '{name}' in {anatomy.kind}: it lies after the last attention, or "
             "the head is all zero. Use an earlier layer=, or see.rollout"
         )
     return found
 
 
-def _find(model: nn.Module, anatomy: Anatomy, layer: int | str | None) -> tuple[str, bool]:
-    """The module to look at, and whether its input is meant."""
+def _find(model: nn.Module, anatomy: Anatomy, layer: int | str | None) -> list[tuple[str, bool]]:
+    """The module to look at, and whether its input is meant; then others, should that one have nothing to show."""
     if isinstance(layer, str):
         names = [n for n, _ in model.named_modules() if n]
         if layer not in names:
             raise VitreousError(f"{anatomy.kind} has no layer '{layer}'{nearest(layer, names)}")
-        return layer, False
+        return [(layer, False)]
     sequence = bool(anatomy.blocks) and len({s.reduction for s in anatomy.stages}) < 2
     if layer is not None or sequence:
         number = -1 if layer is None else layer
@@ -105,9 +124,9 @@ def _find(model: nn.Module, anatomy: Anatomy, layer: int | str | None) -> tuple[
                 f"{anatomy.kind} has {len(anatomy.blocks)} attention blocks, there is no layer {number}: give the name "
                 "of a module"
             )
-        return anatomy.blocks[number].attention.name, True
+        return [(anatomy.blocks[number].attention.name, True)]
     if anatomy.stages:
-        return anatomy.stages[-1].name, False
+        return [(stage.name, False) for stage in reversed(anatomy.stages)]
     raise VitreousError(f"{anatomy.kind} does not tell its last stage: give layer=, the name of a module, as in 'layer4'")
 
 
@@ -137,7 +156,7 @@ def _on_tokens(
     # The class token of CaiT is no prefix: it joins the patches after their blocks.
     prefix = anatomy.prefix if done else tokens - h * w
     if values.shape[1] != tokens or prefix not in (anatomy.prefix, int(anatomy.class_token)):
-        raise VitreousError(
+        raise _Elsewhere(
             f"layer '{name}' of {anatomy.kind} gives {values.shape[1]} tokens for {h} × {w} patches: use another layer="
         )
 
