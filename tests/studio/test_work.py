@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import studio_jobs
 
-pytest.importorskip("nicegui")
 from vitreous.errors import VitreousError
 from vitreous.studio.work import Stopped, Work
 
@@ -42,6 +41,20 @@ def test_stopping_is_immediate(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         asyncio.run(stop_when_it_runs())
     assert time.monotonic() - began < 55 and not (tmp_path / "done").exists()
+
+
+def test_what_is_still_starting_can_be_stopped_too(tmp_path: Path) -> None:
+    work = Work(studio_jobs.last, str(tmp_path / "done"))
+
+    async def stop_at_once() -> None:
+        result = asyncio.create_task(work.result())
+        while work.what != "starting":
+            await asyncio.sleep(0)
+        work.stop()
+        await asyncio.wait_for(result, 50)
+
+    with pytest.raises(Stopped):
+        asyncio.run(stop_at_once())
 
 
 def test_what_waits_can_be_stopped_too() -> None:

@@ -52,6 +52,8 @@ class Work:
 
     async def _listen(self, receive: Connection) -> Any:
         while True:
+            if self._stopped:  # it may have been while the process was on its way, and could not be ended yet
+                raise Stopped
             try:
                 if not await asyncio.to_thread(receive.poll, 0.25):
                     continue
