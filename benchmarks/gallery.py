@@ -111,6 +111,8 @@ def write() -> None:
         "What the methods are, and which are true: [see.md](see.md).",
     ]
     for name, title in PHOTOS.items():
+        if not (DOCS / "gallery" / f"{name}-tokens.jpg").exists():
+            continue
         parts += [
             f"\n## {title}\n",
             f"![Explanations of {name}](gallery/{name}-explanations.jpg)\n",
