@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,28 @@ POINT = """() => {
     return [trace.customdata[0], [left + x.l2p(trace.x[0]), top + y.l2p(trace.y[0])], [left, top, x._length, y._length]];
 }"""
 LASSO = ((0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.05))  # shares of the plot
+SLOW = """
+import sys, time
+from vitreous import cli
+from vitreous.studio.opened import Opened
+
+def slow(*arguments, look=Opened.look):
+    time.sleep(1)
+    return look(*arguments)
+
+Opened.look = slow
+cli.main()
+"""  # a machine on which to look takes a second longer
 WAIT = 120_000  # milliseconds: the machine may be busy with other tests
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A studio of the bundled model, in a process of its own."""
+@contextmanager
+def studio(*command: str) -> Iterator[str]:
+    """The address of a studio of the bundled model, in a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vitreous", "studio", "--port", str(port), "--no-show"]
+    command = (sys.executable, *command, "studio", "--port", str(port), "--no-show")
     plain = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}  # by them NiceGUI takes itself for a test
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain) as server:
         for _ in range(600):
@@ -48,6 +61,12 @@ def address() -> Iterator[str]:
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/"
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with studio("-m", "vitreous") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +138,18 @@ def test_a_click_on_a_patch_shows_where_it_attends(page: Any) -> None:
     page.get_by_role("button", name="Class token").click()
     told(page, "The class token attends most")
     assert "<rect" not in overlay(page) and not page.failures
+
+
+def test_a_view_drawn_late_does_not_come_to_the_front_again(browser: Any) -> None:
+    with studio("-c", SLOW) as address:
+        page = visit(browser, address)
+        page.get_by_role("application").wait_for()
+        page.get_by_role("tab", name="Heads").click()
+        study = page.get_by_role("button", name="Study", exact=True)
+        study.wait_for()
+        page.wait_for_timeout(4000)  # in which the picture's explanations are done
+        assert study.is_visible() and "view=heads" in page.url
+        page.context.close()
 
 
 def test_a_link_restores_the_view(browser: Any, page: Any) -> None:

@@ -88,17 +88,19 @@ def draw(models: list[Opened], query: dict[str, str]) -> None:
         query = session.state.query()
         ui.navigate.history.replace("/" + (f"?{query}" if query else ""))
 
-    async def build(name: str) -> None:
-        if name not in built:
+    async def turn_to(name: str) -> None:
+        new = name not in built
+        if new:
             built.add(name)
             with panels[name]:
                 VIEWS[name][1](session)
-        if session.state.view == name:
+        if session.state.view != name:
+            await session.change(view=name)
+        elif new:  # drawing takes a while, and somebody may be in another view when it is done: nothing follows it
             await session.refresh()
-        await session.change(view=name)
 
     session.listeners.append(refresh)
-    tabs.on_value_change(guarded(lambda e: build(e.value)))
+    tabs.on_value_change(guarded(lambda e: turn_to(e.value)))
     choice.on_value_change(guarded(lambda e: session.change(model=e.value)))
     view = session.state.view if session.state.view in VIEWS else "image"
-    ui.timer(0, guarded(lambda: build(view)), once=True)
+    ui.timer(0, guarded(lambda: turn_to(view)), once=True)
