@@ -34,6 +34,6 @@ def test_the_half_with_lower_scores_gets_one_common_change() -> None:
 def test_scores_keep_their_sum_between_stages() -> None:
     stage: Any = EvolvingStage(16, 32, [], first=False)
     scores = torch.rand(2, 16)
-    _, _, pooled = stage(torch.randn(2, 16, 4, 4), torch.randn(2, 1, 16), scores)
+    _, _, pooled = stage((torch.randn(2, 16, 4, 4), torch.randn(2, 1, 16), scores))
     assert pooled.shape == (2, 4)
     torch.testing.assert_close(pooled.sum(1), scores.sum(1))

@@ -92,7 +92,7 @@ class Pyramid(Classifier):
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        return self.norm(x)
+        return self.norm(self.as_map(x))
 
     def forward_intermediates(
         self,

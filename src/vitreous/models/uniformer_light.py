@@ -14,10 +14,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..errors import VitreousError
 from ..mixers import ConditionalPosition
 from .classifier import Pyramid, init_weights
 from .official import publish, renamed
@@ -25,6 +23,7 @@ from .uniformer import conv_stem, local_block, patch_embed
 from .uniformer import convert as convert_uniformer
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)
+Carried = tuple[Tensor, Tensor, Tensor | None]  # a map, the class token, the scores of the places
 
 
 class ScoringAttention(nn.Module):
@@ -91,15 +90,20 @@ class EvolvingBlock(nn.Module):
 
 
 class EvolvingStage(nn.Module):
-    """Patches of 2, then `EvolvingBlock`s. Behind a stage of the same kind its scores are averaged over the new patches, keeping
-    their sum, and the class token goes through a linear layer."""
+    """Patches of 2, then `EvolvingBlock`s. The `first` reads a map and brings the class token. Behind a stage of the same kind
+    its scores are averaged over the new patches, keeping their sum, and the class token goes through a linear layer."""
 
     def __init__(self, inputs: int, channels: int, blocks: Sequence[nn.Module], first: bool) -> None:
         super().__init__()
         self.embed, self.blocks = patch_embed(inputs, channels, 2), nn.ModuleList(blocks)
         self.cls_upsample = nn.Identity() if first else nn.Linear(inputs, channels)
+        self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, channels), std=0.02)) if first else None
 
-    def forward(self, x: Tensor, token: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, carried: Tensor | Carried) -> Carried:
+        if isinstance(carried, Tensor):
+            assert self.cls_token is not None
+            carried = carried, self.cls_token.repeat(carried.shape[0], 1, 1), None
+        x, token, scores = carried
         token = self.cls_upsample(token)
         if scores is not None:
             pooled = F.avg_pool2d(scores.unflatten(1, x.shape[2:])[:, None], 2).flatten(1)
@@ -144,8 +148,6 @@ class UniFormerLight(Pyramid):
                 stage = EvolvingStage(in_chans, width, blocks, first=i == 2)
             self.stages.append(stage)
             in_chans = width
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims[2]))
-        trunc_normal_(self.cls_token, std=0.02)
         self.norm, self.norm_cls = nn.BatchNorm2d(embed_dims[-1]), nn.LayerNorm(embed_dims[-1])
         self.apply(init_weights)
         self.reset_classifier(num_classes)
@@ -153,34 +155,10 @@ class UniFormerLight(Pyramid):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         head = self.make_head(num_classes).apply(init_weights) if num_classes else nn.Identity()
-        self.head_cls = head.to(self.cls_token.device, self.cls_token.dtype)
+        self.head_cls = head.to(self.norm_cls.weight)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.forward_intermediates(x)[0])
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        if output_fmt != "NCHW":
-            raise VitreousError(f"{type(self).__name__} gives its maps as NCHW, not {output_fmt}")
-        taken, last = feature_take_indices(len(self.feature_info), indices)
-        maps, token, scores = [], self.cls_token.repeat(x.shape[0], 1, 1), None
-        for i, stage in enumerate(self.stages):
-            if i > last and stop_early:
-                break
-            if isinstance(stage, EvolvingStage):
-                x, token, scores = stage(x, token, scores)
-            else:
-                x = stage(x)
-            if i in taken:
-                maps.append(self.norm(x) if norm and i == len(self.feature_info) - 1 else x)
-        return maps if intermediates_only else (self.norm(x), maps)
+    def as_map(self, x: Tensor | Carried) -> Tensor:
+        return x[0] if isinstance(x, tuple) else x
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +176,10 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
         *((rf"^patch_embed{i + 1}\.norm", f"stages.{i}.embed.1") for i in (2, 3)),
     )
     blocks = [(rf"^stages\.([23])\.{i + 1}\.", rf"stages.\1.blocks.{i}.") for i in range(32)]
-    return {**embeds, **renamed(names, *blocks, (r"^cls_upsample", "stages.3.cls_upsample"))}
+    return {
+        **embeds,
+        **renamed(names, *blocks, (r"^cls_upsample", "stages.3.cls_upsample"), (r"^cls_token", "stages.2.cls_token")),
+    }
 
 
 XS = dict(embed_dims=(64, 128, 256, 512), depths=(3, 5, 9, 3), head_dim=32)
