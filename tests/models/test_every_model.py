@@ -114,6 +114,8 @@ def test_pyramids_give_their_maps(system: str) -> None:
     last, others = whole.forward_intermediates(x)
     torch.testing.assert_close(whole.forward_head(last), whole(x))
     torch.testing.assert_close(others[-1], maps[-1])
+    if last.ndim == 4:  # else it is tokens, perhaps with a class token among them
+        torch.testing.assert_close(whole.forward_intermediates(x, norm=True)[1][-1], last)
     [first] = small.make(features_only=True, out_indices=(0,))(x)
     torch.testing.assert_close(first, maps[0])
 

@@ -117,7 +117,8 @@ class Pyramid(Classifier):
                 break
             x = stage(x)
             if i in taken:
-                maps.append(self.norm(x) if norm and i == len(self.stages) - 1 else self.as_map(x))
+                found = self.as_map(x)
+                maps.append(self.norm(found) if norm and i == len(self.stages) - 1 else found)
         return maps if intermediates_only else (self.norm(self.as_map(x)), maps)
 
     def prune_intermediate_layers(
