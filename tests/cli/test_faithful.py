@@ -22,16 +22,21 @@ def photo(tmp_path: Path) -> Path:
 
 def test_methods_and_classes(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = {}
-    for method, options in (("layer_cam", []), ("lrp", ["--target", "3"]), ("layer_cam", ["--target", "3"])):
-        file = photo.with_name(f"{method}{len(options)}.png")
+    three, deep, early = ["--target", "3"], ["--layer", "blocks.7.norm1"], ["--layer", "blocks.1.norm1"]
+    asked = (("layer_cam", []), ("lrp", three), ("layer_cam", three), ("layer_cam", deep), ("layer_cam", early))
+    for i, (method, options) in enumerate(asked):
+        file = photo.with_name(f"{method}{i}.png")
         status, said, error = command(monkeypatch, capsys, "see", str(photo), "--method", method, *options, "--out", str(file))
         assert status == 0 and f"{method} written to {file}" in said, error
         drawn[file.name] = np.asarray(Image.open(file), int)
     assert np.abs(drawn["layer_cam0.png"] - drawn["layer_cam2.png"]).max() > 10, "another class, another map"
+    assert np.abs(drawn["layer_cam3.png"] - drawn["layer_cam4.png"]).max() > 10, "another layer, another map"
     refused = (
         (["--method", "layercam"], "layer_cam"),
         (["--method", "lrp", "--target", "10"], "no target 10"),
         (["--target", "3"], "whatever the class"),
+        (["--layer", "blocks.7"], "no layer of your choice"),
+        (["--method", "grad_cam", "--layer", "blocks.99"], "blocks.99"),
     )
     for options, match in refused:
         status, _, error = command(monkeypatch, capsys, "see", str(photo), *options, "--out", str(photo.with_name("no.png")))

@@ -240,6 +240,23 @@ def test_a_file_that_differs_is_refused_and_removed(
     assert not os.listdir(tmp_path)
 
 
+def test_integers_may_differ_by_what_noise_in_the_images_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, honest = QuantNet(limit=127), export.to_onnx
+
+    def tampered(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+        graph = honest(program)
+        [scale] = [t for t in graph.graph.initializer if np.array_equal(numpy_helper.to_array(t), model.second.scale.numpy())]
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 1.08, scale.name))
+        return graph
+
+    monkeypatch.setattr(shipment, "to_onnx", tampered)
+    example = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(VitreousError, match=r"mean error .* allowed 0\.05"):
+        ship(model, tmp_path / "calm.onnx", example=example)
+    edges = (example.round() + 0.5) * model.first.input.scale  # the next digit decides how each of these is rounded
+    assert ship(model, tmp_path / "restless.onnx", example=edges).parity.mean > 0.05
+
+
 def test_an_existing_file_stays_unless_asked(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vit.bin").write_text("mine")
     with pytest.raises(VitreousError, match="exists"):

@@ -6,7 +6,7 @@ from .dilated import DilatedReparam
 from .distilled import DistilledHead
 from .fourier import irfft2, rfft2
 from .neighbourhood import adaptive_avg_pool, neighbourhoods
-from .positions import require_size, resample_position, sinusoid
+from .positions import patch_grid, require_size, resample_position, sinusoid
 from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "irfft2",
     "linear_recurrence",
     "neighbourhoods",
+    "patch_grid",
     "require_size",
     "resample_position",
     "rfft2",

@@ -28,6 +28,13 @@ def require_size(x: Tensor, size: tuple[int, int], model: str) -> None:
         )
 
 
+def patch_grid(size: tuple[int, int], side: int, model: str) -> tuple[int, int]:
+    """Rows and columns of patches `side` pixels wide in images of `size`. Raises VitreousError where they do not fit."""
+    if any(pixels % side for pixels in size):
+        raise VitreousError(f"{model}: img_size {size[0]} × {size[1]} does not divide into patches of {side} pixels")
+    return size[0] // side, size[1] // side
+
+
 def resample_position(table: Tensor, h: int, w: int) -> Tensor:
     """A square table `[1, side · side, C]` for a grid of `h × w` tokens, `[1, h · w, C]`, as DINO does it.
 

@@ -1,7 +1,7 @@
 """CRATE: a transformer whose layers are the steps of an optimiser, for codes that are compressed and sparse.
 
 Yu et al., "White-Box Transformers via Sparse Rate Reduction" (NeurIPS 2023). Facts from the official repository,
-Ma-Lab-Berkeley/CRATE, whose attention differs from the paper's equation 11: its output is projected by a matrix of its own.
+Ma-Lab-Berkeley/CRATE, whose attention differs from the paper's equation 12: its output is projected by a matrix of its own.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from timm.layers import to_2tuple
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from ..mixers import require_size
+from ..mixers import patch_grid, require_size
 from .classifier import Classifier, init_weights
 from .official import official, publish, renamed
 
 
 class SubspaceAttention(nn.Module):
-    """MSSA (equation 11), multi-head subspace self-attention on `[B, N, C]`: one code in each subspace is query, key, value."""
+    """MSSA (equations 11 and 12) on `[B, N, C]`: one code in each subspace is query, key, value."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -66,10 +65,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Images `[B, C, H, W]` to tokens `[B, N, width]`: a patch's numbers, channels last, projected between two norms."""
 
-    def __init__(self, patch_size: int, in_chans: int, width: int, img_size: tuple[int, int]) -> None:
+    def __init__(self, patch_size: int, in_chans: int, width: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.patch_size = (patch_size, patch_size)
-        self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.patch_size, self.grid_size = (patch_size, patch_size), grid
         numbers = in_chans * patch_size**2
         self.norm1, self.proj, self.norm2 = nn.LayerNorm(numbers), nn.Linear(numbers, width), nn.LayerNorm(width)
 
@@ -97,11 +95,10 @@ class CRATE(Classifier):
     ) -> None:
         super().__init__(embed_dim, drop_rate)
         self.img_size = cast(tuple[int, int], to_2tuple(img_size))
-        if any(side % patch_size for side in self.img_size):
-            raise VitreousError(f"CRATE: img_size {self.img_size} does not divide into patches of {patch_size} pixels")
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, self.img_size)
+        grid = patch_grid(self.img_size, patch_size, "CRATE")
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, grid)
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(self.patch_embed.grid_size), embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + math.prod(grid), embed_dim))
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_weights)

@@ -8,6 +8,7 @@ equal to the fast one up to rounding, so that the models run everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ..mixers import MetaBlock, irfft2, rfft2
 from .classifier import Pyramid, init_weights
 from .official import publish, renamed
+
+norm = partial(LayerNorm2d, eps=1e-6)
 
 
 class GlobalLocalFilter(nn.Module):
@@ -108,10 +111,6 @@ class HorNet(Pyramid):
 
     def pool(self, x: Tensor) -> Tensor:
         return self.head_norm(super().pool(x))
-
-
-def norm(channels: int) -> nn.Module:
-    return LayerNorm2d(channels, eps=1e-6)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,8 +25,7 @@ from timm.layers import (
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from ..mixers import require_size
+from ..mixers import patch_grid, require_size
 from .classifier import Classifier, init_weights
 from .official import official, publish, renamed
 
@@ -94,10 +93,8 @@ class ILLaMA(Classifier):
     ) -> None:
         super().__init__(embed_dim, drop_rate)
         self.img_size, self.soft_mask_rate = cast(tuple[int, int], to_2tuple(img_size)), 0.0
-        if any(side % patch_size for side in self.img_size):
-            raise VitreousError(f"iLLaMA: img_size {self.img_size} does not divide into patches of {patch_size} pixels")
+        positions = math.prod(patch_grid(self.img_size, patch_size, "iLLaMA")) + 1
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
-        positions = math.prod(side // patch_size for side in self.img_size) + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim))
         self.register_buffer("rope", rotary(positions, embed_dim // num_heads), persistent=False)

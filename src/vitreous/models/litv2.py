@@ -7,6 +7,7 @@ Facts from the official repository, ziplab/LITv2. Its deformable convolution is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,6 +19,8 @@ from ..errors import VitreousError
 from ..mixers import DepthwiseMlp, MetaBlock
 from .classifier import Pyramid, init_weights
 from .official import publish, renamed
+
+norm = partial(LayerNorm2d, eps=1e-5)
 
 
 def require_even(x: Tensor) -> None:
@@ -152,10 +155,6 @@ class LITv2(Pyramid):
         self.reset_classifier(num_classes)
 
 
-def norm(channels: int) -> nn.Module:
-    return LayerNorm2d(channels, eps=1e-5)
-
-
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official names to ours: a stage begins with the merging; MLPs and deformable kernels are 1 × 1 convolutions."""
     names = {}
@@ -191,7 +190,7 @@ VARIANTS = {
 for _name, _arguments in VARIANTS.items():
     _size = 384 if _name.endswith("384") else 224
     publish(LITv2, _name, _arguments, variant=f"litv2--{_name}", convert=convert, first_conv="stem.0", size=_size)
-for _alpha in ("0", "0.2", "0.4", "0.5", "0.7", "0.9", "1"):  # LITv2-S of figure 4
+for _alpha in ("0", "0.2", "0.4", "0.5", "0.7", "0.9", "1"):  # LITv2-S by its share of low frequencies
     publish(
         LITv2,
         f"litv2_s_alpha_{_alpha.replace('.', '')}",

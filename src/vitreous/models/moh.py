@@ -28,7 +28,7 @@ from .official import publish, renamed
 
 
 class HeadRouter(nn.Module):
-    """Tokens `[B, N, C]` to a weight for every head, `[B, N, heads]` (equations 5 to 7).
+    """Tokens `[B, N, C]` to a weight for every head, `[B, N, heads]` (equations 5 and 6).
 
     The first `shared` heads always serve. Of the others, each token has the `routed` with the largest scores; with none
     routed, all heads are shared. As in the official code, the weights of a kind add up to the number of heads that serve,
@@ -61,7 +61,7 @@ class HeadRouter(nn.Module):
 
 @contextmanager
 def load_balance(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The load balance loss (equation 8) of every layer that routes, a scalar for each time that it runs inside.
+    """The load balance loss (equation 7) of every layer that routes, a scalar for each time that it runs inside.
 
     It is smallest where tokens use all heads evenly. Official training adds 0.01 times the mean over layers:
     `with load_balance(model) as losses: loss = criterion(model(x), y)`, then `+ 0.01 * torch.stack(losses).mean()`.
@@ -84,7 +84,7 @@ def load_balance(model: nn.Module) -> Iterator[list[Tensor]]:
 class CosineAttention(nn.Module):
     """Attention of every position to every other on maps `[B, C, H, W]`, its heads weighed by a router.
 
-    TransNeXt's (section 3.3): cosine similarity, a learned embedding added to the queries, a learned temperature times the
+    TransNeXt's: cosine similarity, a learned embedding added to the queries, a learned temperature times the
     logarithm of the number of keys, and a bias that an MLP reads off the distance on a logarithmic scale, in units of an
     eighth of `side`, the maps' side in pretraining.
     """
@@ -136,7 +136,7 @@ class CosineAttention(nn.Module):
 class AggregatedAttention(CosineAttention):
     """Attention of every position to its 3 × 3 neighbours and to the map pooled by `reduction`, in one softmax.
 
-    TransNeXt, section 3.2. The neighbours have also learned tokens that the query attends to without a softmax.
+    TransNeXt's. The neighbours have also learned tokens that the query attends to without a softmax.
     """
 
     def __init__(self, channels: int, heads: int, shared: int, routed: int, side: int, reduction: int) -> None:

@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from ..mixers import DepthwiseMlp, conv_norm, irfft2, require_size, rfft2
+from ..mixers import DepthwiseMlp, conv_norm, irfft2, patch_grid, require_size, rfft2
 from .classifier import Classifier, Pyramid, init_weights
 from .official import official, publish, renamed
 
@@ -83,9 +83,7 @@ class SpectFormer(Classifier):
     ) -> None:
         super().__init__(embed_dim, drop_rate)
         self.img_size = cast(Grid, to_2tuple(img_size))
-        if any(side % patch_size for side in self.img_size):
-            raise VitreousError(f"SpectFormer: img_size {self.img_size} does not divide into patches of {patch_size} pixels")
-        grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
+        grid = patch_grid(self.img_size, patch_size, "SpectFormer")
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(grid), embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)

@@ -76,10 +76,10 @@ def colour_bar() -> Image.Image:
     return Image.fromarray(COLOURS.astype(np.uint8)[None].repeat(12, 0))
 
 
-def data_uri(image: Image.Image) -> str:
-    """`image` as a PNG inside a `data:` address."""
+def data_uri(image: Image.Image, level: int = 9) -> str:
+    """`image` as a PNG inside a `data:` address; `level` of compression from 1, quick, to 9, small."""
     held = io.BytesIO()
-    image.save(held, "PNG", optimize=True)
+    image.save(held, "PNG", compress_level=level)
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -85,11 +86,33 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
                 input_names=["images"],
                 output_names=["logits"],
                 verbose=False,
+                optimize=False,
             )
+            assert exported is not None
+            _tidy(exported.model)
     except Exception as error:  # as above; our own errors come wrapped too
         raise VitreousError(f"the model cannot be written as ONNX: {_first(error)}") from error
-    assert exported is not None
     return _fold(exported.model_proto)
+
+
+def _tidy(graph: onnx_ir.Model) -> None:
+    """Constants folded, doubles and what is unused taken out: what `optimize=True` does but for its rewriting of patterns, which
+    takes most of an export's time, minutes for large graphs, and which runtimes do themselves."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    common.InlinePass()(graph)
+    fold_constants(graph, onnx_shape_inference=True)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(graph)
 
 
 def _first(error: BaseException) -> str:

@@ -25,8 +25,10 @@ FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
 FLOAT_TOLERANCE = 1e-3
 # Two correct integer runtimes do not agree to the last digit: a difference of 1e-7 moves a value across a rounding
 # edge now and then, and the next layers multiply that. They part by 3e-3 on the trained bundled model and by 4e-2 on a
-# random DeiT-S; kernels that overflow make that 2.5e-2 and 2e-1.
+# random DeiT-S; kernels that overflow make that 2.5e-2 and 2e-1. A model that noise of NUDGE in its images moves further
+# than that on its own cannot be held to it: with min-max grids DINOv2 ViT-S moves by 5e-2, and its runtimes part by 7e-2.
 INT8_TOLERANCE = 5e-2
+NUDGE = 1e-5
 WORST = 10  # the worst image may be this much further off than the mean
 BATCHES = (1, 3, 16)
 
@@ -95,7 +97,8 @@ def ship(
         example: images [B, C, H, W] to check with; None for seeded noise of `model.pretrained_cfg["input_size"]`. Noise
             tells nothing about a trained model's worst case: give real images where there are some.
         batch: the only batch size the file is to take; None for any.
-        tolerance: largest mean relative error (the worst may be ten times that); None for 1e-3, or 5e-2 for integers.
+        tolerance: largest mean relative error (the worst may be ten times that); None for 1e-3, or for integers 5e-2 or
+            twice what noise of 1e-5 in the images changes in the model's own logits, whichever is larger.
         overwrite: replace files that exist.
 
     Raises VitreousError, with nothing left behind, for an unknown ending, a file that exists, a model that cannot be
@@ -165,6 +168,8 @@ def _ship(
         parity = _compare(model, runtime or _reloaded(aside), examples)
         integers = precision == "int8" and runtime is not None
         limit = tolerance if tolerance is not None else INT8_TOLERANCE if integers else FLOAT_TOLERANCE
+        if integers and tolerance is None and parity.mean > limit:
+            limit = max(limit, 2 * _restlessness(model, examples))
         if not (parity.mean <= limit and parity.worst <= WORST * limit):  # so that NaN is refused
             advice = "; on a processor without VNNI int8 kernels overflow: 7-bit weights do not" if integers else ""
             kind = runtime.kind if runtime else "torch"
@@ -255,6 +260,15 @@ def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Te
         agreement=(got.argmax(1) == wanted.argmax(1)).float().mean().item(),
         batches=tuple(len(images) for images in batches),
     )
+
+
+def _restlessness(model: nn.Module, batches: list[Tensor]) -> float:
+    """How far noise in its images that no one could see moves the logits of a model that rounds: its own `Parity.mean`."""
+    generator = torch.Generator().manual_seed(0)
+    nudged = (images + NUDGE * torch.randn(images.shape, generator=generator) for images in batches)
+    with torch.no_grad():
+        moved = iter([model(images) for images in nudged])
+    return _compare(model, lambda _: next(moved), batches).mean
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ class _Picture:
             picture, _ = await asyncio.to_thread(session.pictured, opened, state.image)
             self.base = enlarge(picture)
             self.size = self.base.size
-            self.image.set_source(data_uri(self.base))
+            self.image.set_source(data_uri(self.base, 1))
             self.drawn = key
         layers = max(1, len(opened.heads))
         self.layer.props(f"max={layers - 1} markers")
@@ -164,7 +164,7 @@ class _Sheet:
             return
         self.sheet = Sheet(self.maps)
         self.image.set_visibility(True)
-        self.image.set_source(data_uri(self.sheet.image))
+        self.image.set_source(data_uri(self.sheet.image, 1))
         alone = len(self.maps) < len(self.session.opened.heads)
         layer = 0 if alone else state.layer
         self.image.set_content(self.sheet.mark(layer, None if state.head < 0 else state.head))

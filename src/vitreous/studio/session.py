@@ -75,6 +75,7 @@ class Session:
         self.folder = tempfile.TemporaryDirectory(prefix="vitreous-studio-")
         self.listeners: list[Listener] = []
         self.state = self._possible(state)
+        self._pictured: dict[tuple[Opened, int], tuple[Image.Image, Tensor]] = {}
         self._looked: dict[tuple[int, int], Look] = {}
         self._thumbs: dict[tuple[Opened, int], str] = {}
         self._count = 0
@@ -132,10 +133,13 @@ class Session:
         return f"image {image}" + (f", {label}" if label else "")
 
     def pictured(self, opened: Opened, image: int) -> tuple[Image.Image, Tensor]:
-        """A picture as people see it, and as `opened` reads it, `[1, C, H, W]`."""
-        if image in self.uploads:
-            return opened.prepared(self.uploads[image].picture)
-        return opened.data.picture(image), opened.data.tensor([image])
+        """A picture as people see it, and as `opened` reads it, `[1, C, H, W]`; the last two are kept."""
+        key = (opened, image)
+        if (found := self._pictured.get(key)) is None:
+            upload = self.uploads.get(image)
+            found = opened.prepared(upload.picture) if upload else (opened.data.picture(image), opened.data.tensor([image]))
+            self._pictured = dict([*self._pictured.items(), (key, found)][-2:])
+        return found
 
     def thumb(self, image: int) -> str:
         """A small picture as a `data:` address; the last `THUMBS` are kept."""
