@@ -118,7 +118,8 @@ def test_a_second_run_does_not_overwrite(job: Path, monkeypatch: pytest.MonkeyPa
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "vitreous", "slim", "--out", str(tmp_path / "out")]
-    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background does not hear it
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.time() + 120
     while not list(tmp_path.glob(".out.*")) and time.time() < deadline:
         time.sleep(0.1)

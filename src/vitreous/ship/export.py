@@ -12,11 +12,10 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import torch
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -25,6 +24,9 @@ from torch.export import Dim, ExportedProgram
 
 from .. import operators
 from ..errors import VitreousError
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 OPSET = 20  # the first with Gelu as one operator; read by every runtime since 2024
 PROTOBUF_LIMIT = 2**31 - 2**24  # an ONNX file is one protobuf message, which ends at 2 GiB; room is left for the graph
@@ -96,15 +98,20 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
 
 
 def _tidy(graph: onnx_ir.Model) -> None:
-    """Constants folded, doubles and what is unused taken out: what `optimize=True` does but for its rewriting of patterns, which
-    takes most of an export's time, minutes for large graphs, and which runtimes do themselves."""
+    """What `optimize=True` does, but of its rewriting of patterns only what runtimes gain from: shapes written down.
+
+    The rest takes most of an export's time, minutes for large graphs, and runtimes do it themselves.
+    """
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule, squeeze_reshape_1d_rule
 
     common.InlinePass()(graph)
-    fold_constants(graph, onnx_shape_inference=True)
+    for _ in range(2):
+        fold_constants(graph, onnx_shape_inference=True)
+        rewrite(graph, [materialize_reshape_shape_rule, squeeze_reshape_1d_rule])
     for step in (
-        common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
         common.DeduplicateInitializersPass(),
