@@ -1,7 +1,7 @@
 """The figures of docs/models.md: what each architecture costs here, at its small size and as the image grows.
 
     python benchmarks/models.py small                # each architecture's first variant in systems.toml, beside deit_small
-    python benchmarks/models.py small van_b0 pvt_tiny --seconds 2
+    python benchmarks/models.py small van_b0 pvt_tiny --seconds 2   # these two; options come last
     python benchmarks/models.py resolution           # latency from 224 to 1024 pixels, by complexity
     python benchmarks/models.py write                # the tables and the plot of docs/models.md from what was measured
 
@@ -171,12 +171,14 @@ def write(a: argparse.Namespace, say: Callable[[str, float], None]) -> None:
     kept = json.loads(KEPT.read_text())
     page = DOCS / "models.md"
     text = page.read_text()
-    for part, lines in {"small": small_table(kept), "resolution": resolution_table(kept)}.items():
-        begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
-        before, _, rest = text.partition(begin)
-        text = before + "\n".join([begin, stamp(kept, part), "", *lines, end]) + rest.partition(end)[2]
+    for part, table in {"small": small_table, "resolution": resolution_table}.items():
+        if kept[part]:
+            begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
+            before, _, rest = text.partition(begin)
+            text = before + "\n".join([begin, stamp(kept, part), "", *table(kept), end]) + rest.partition(end)[2]
     write_whole(page, text)
-    draw(kept)
+    if kept["resolution"]:
+        draw(kept)
 
 
 def stamp(kept: dict[str, Any], part: str) -> str:
@@ -208,7 +210,8 @@ def small_table(kept: dict[str, Any]) -> list[str]:
 
 def resolution_table(kept: dict[str, Any]) -> list[str]:
     sides = sorted(kept["resolution"], key=int)
-    lines = ["| model | cost | " + " | ".join(f"{s}: torch, OpenVINO ms" for s in sides) + " |", "|---" * (2 + len(sides)) + "|"]
+    lines = ["![Latency against resolution](models-resolution.svg)", ""]
+    lines += ["| model | cost | " + " | ".join(f"{s}: torch, OpenVINO ms" for s in sides) + " |", "|---" * (2 + len(sides)) + "|"]
     for name, kind in COMPLEXITY.items():
         rows = [kept["resolution"][s].get(name, {}) for s in sides]
         cells = [", ".join(f"{r[way]:.0f}" for way in WAYS) if WAYS[0] in r else r.get("failed", "–") for r in rows]
