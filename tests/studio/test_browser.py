@@ -31,7 +31,7 @@ POINT = """() => {
 }"""
 LASSO = ((0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.05))  # shares of the plot
 SLOW = """
-import sys, time
+import time
 from vitreous import cli
 from vitreous.studio.opened import Opened
 

@@ -84,9 +84,9 @@ class Pyramid(Classifier):
             for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
         ]
 
-    def as_map(self, x: Any) -> Tensor:
-        """The map in what a stage hands to the next, for models whose stages hand on more than it."""
-        return x
+    def as_map(self, x: Tensor | tuple[Any, ...]) -> Tensor:
+        """The map in what a stage hands to the next: the first part, where it hands on more than a map."""
+        return x[0] if isinstance(x, tuple) else x
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -269,9 +269,6 @@ class OverLoCK(Pyramid):
                     nn.init.zeros_(module.bias)
         self.reset_classifier(num_classes)
 
-    def as_map(self, x: Tensor | Carried) -> Tensor:
-        return x[0] if isinstance(x, tuple) else x
-
     def pool(self, x: Tensor) -> Tensor:
         return super().pool(self.projection(x))
 

@@ -157,9 +157,6 @@ class UniFormerLight(Pyramid):
         head = self.make_head(num_classes).apply(init_weights) if num_classes else nn.Identity()
         self.head_cls = head.to(self.norm_cls.weight)
 
-    def as_map(self, x: Tensor | Carried) -> Tensor:
-        return x[0] if isinstance(x, tuple) else x
-
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official names to ours."""
