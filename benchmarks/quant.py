@@ -4,6 +4,7 @@
     python benchmarks/quant.py photos --weights W.safetensors --photos FOLDER   # the same on photographs, and neighbours
     python benchmarks/quant.py bundled --data /usr/share/datasets/fashion-mnist # accuracy of the bundled model
     python benchmarks/quant.py cifar10 --weights W --head H --photos cifar10-jpeg   # of a ViT fine-tuned by tokens.py
+    python benchmarks/quant.py agreement --weights W --data /usr/share/datasets/fashion-mnist   # runtimes against the simulated
     python benchmarks/quant.py speed --weights W --data /usr/share/datasets/fashion-mnist   # what runs in integers, and its peers
 
 What is measured is kept in docs/results/quant-<what>.json, method by method: a run that was stopped goes on, and `--only` names
@@ -247,6 +248,22 @@ def speed(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) ->
         print(f"| {r['model']} | {r['error']:.3f} | {b1:.1f} | {b16:.1f} | {rows[0]['ms'][1] / b16:.2f} |")
 
 
+def agreement(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) -> None:
+    """How far the runtimes are from the simulated model, and how far noise of 1e-5 in the images moves that by itself."""
+    noise = 1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(a.seed))
+    made = {"MinMax": q.MinMax(), "MinMax, 8-bit weights": q.MinMax(reduce_range=False), "Auto": q.Auto()}
+    print("| | noise | ONNX Runtime | OpenVINO |\n|---|---|---|---|")
+    for what, step in made.items():
+        small = step.apply(model, images)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            simulated = small(x)
+            files = [Path(folder) / "small.onnx", Path(folder) / "small.xml"]
+            ship_all(small, files, example=images[:16], tolerance=1.0)
+            answers = [small(x + noise), *(vt.Runtime(file, threads=a.threads)(x) for file in files)]
+        off = ((y - simulated).norm(dim=1) / simulated.norm(dim=1) for y in answers)
+        print(f"| {what} | " + " | ".join(f"{o.mean():.3f}" for o in off) + " |", flush=True)
+
+
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
@@ -262,7 +279,7 @@ def dinov2(a: argparse.Namespace) -> nn.Module:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("dinov2", "photos", "bundled", "cifar10", "speed"))
+    p.add_argument("what", choices=("dinov2", "photos", "bundled", "cifar10", "agreement", "speed"))
     p.add_argument("--data", default=None, help="folder with Fashion-MNIST's IDX files")
     p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names")
     p.add_argument("--head", type=Path, help="its fine-tuned weights, as benchmarks/tokens.py keeps them")
@@ -275,12 +292,12 @@ def main() -> None:
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    if a.what in ("dinov2", "speed"):
+    if a.what in ("dinov2", "agreement", "speed"):
         model, images, x = dinov2(a), fashion_at_224("train", 32, a.data), fashion_at_224("test", a.test or 100, a.data)
-        if a.what == "speed":
-            speed(model, images, x, a)
-        else:
+        if a.what == "dinov2":
             measure(model, images, x, None, a)
+        else:
+            {"agreement": agreement, "speed": speed}[a.what](model, images, x, a)
     elif a.what == "photos":
         model = dinov2(a)
         data = vt.data.open_data(a.photos, model, seed=a.seed)
