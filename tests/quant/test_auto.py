@@ -103,6 +103,22 @@ def test_the_weight_makes_up_for_what_came_before() -> None:
         assert q.min() >= 0 and q.max() <= 15
 
 
+def test_channels_that_leave_their_ranges_on_other_images_keep_some_room() -> None:
+    """Balanced to the last, every channel would be clipped on other images; on its own images that does not show."""
+    g = torch.Generator().manual_seed(0)
+    wide = torch.logspace(-1.5, 0, 64)
+    x = wide * (2 * torch.rand(4096, 64, generator=g) - 1)
+    x[2048:] *= 1 + (torch.rand(2048, 64, generator=g) < 0.05)  # in the second half of the images some leave their range
+    chosen = []
+    for given in (x, x[:2048].repeat(2, 1)):
+        step, model = Auto(4, 8), nn.Sequential(nn.Linear(64, 8))
+        step.build(model, {"reduce_range": False, "layers": {"0": ("", "")}, "bits": {}})
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(8, 64, generator=g) / wide)
+            chosen.append(fit_layers([model[0]], given, given, lambda divisor, centre: None))
+    assert "α = 1:" not in chosen[0] and "α = 1:" in chosen[1]
+
+
 def test_says_what_it_chose_for_every_layer(model: nn.Module, images: Tensor) -> None:
     small = Auto(4, 4).apply(model, images)
     told = why(small)

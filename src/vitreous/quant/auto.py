@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from .calibration import watch
 from .gptq import patches, second_order_rounding
 from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
 from .posttraining import PostTraining, attention_blocks, give_bias
-from .reconstruction import in_floats, reduces, unchanged
+from .reconstruction import Enough, in_floats, reduces, unchanged
 
 IMAGES = 64  # images whose activations are held at a time; of more, the first
 PLACES = 6  # of which the inputs are held at a time; a place is what some layers read together
@@ -54,7 +55,8 @@ class Auto(PostTraining):
       inverse goes into the weights: α = 0 is min-max, 0.5 SmoothQuant with the bias term of MPTQ-ViT, 1 RepQ-ViT. Centre and
       divisor go into the LayerNorm before; before the projection of attention into the rows of the values, which is as exact,
       for the rows of a softmax sum to 1; behind an activation function they are a multiplication and addition of their own.
-      Of each place the α is taken that leaves the least error of its output.
+      Of each place the α is taken that leaves the least error of its output on images that its ranges do not know: what is
+      balanced to the last is clipped in every channel there.
     - *Rounding* is GPTQ's, on the inputs that the layer has when all before it is quantized, after the weight moved to the
       least squares fit of the float outputs from these inputs; the bias makes up for what is left of the mean.
 
@@ -148,7 +150,7 @@ def in_order(block: PlainBlock, floats: PlainBlock, f: Tensor, q: Tensor, why: d
     layers = quant_layers(block)
     wanted, after_f = inputs(floats, list(layers), f)
     for group in groups({name: layers[name] for name in wanted}):
-        given, _ = inputs(block, group[:1], q)
+        given = inputs(block, group[:1], q, whole=False)[0]
         together = [layers[name] for name in group]
         said = fit_layers(together, wanted[group[0]], given[group[0]], taker(block, group[0], together))
         why |= {f"{block.name}.{name}": said for name in group}
@@ -175,8 +177,11 @@ def groups(layers: dict[str, Layer]) -> list[list[str]]:
     return list(found.values())
 
 
-def inputs(module: nn.Module, names: list[str], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """What the layers read while `module` runs on `x`, `[rows, I]` in the order in which they run; and what it gives."""
+def inputs(module: nn.Module, names: list[str], x: Tensor, whole: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+    """What the layers read while `module` runs on `x`, `[rows, I]` in the order in which they run; and what it gives.
+
+    Without `whole` the run ends at the first of the layers, and gives nothing.
+    """
     seen: dict[str, list[Tensor]] = {}
     hooks = []
     for name in names:
@@ -185,14 +190,19 @@ def inputs(module: nn.Module, names: list[str], x: Tensor) -> tuple[dict[str, Te
         def see(layer: Any, given: tuple[Tensor, ...], name: str = name) -> None:
             rows = patches(layer, given[0]) if isinstance(layer, QuantConv2d) else given[0]
             seen.setdefault(name, []).append(rows.flatten(0, -2))
+            if not whole:
+                raise Enough
 
         hooks.append(layer.register_forward_pre_hook(see))
     try:
-        out = torch.cat([module(batch) for batch in x.split(8)])
+        out = []
+        for batch in x.split(8):
+            with suppress(Enough):
+                out.append(module(batch))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items()}, out
+    return {name: torch.cat(parts) for name, parts in seen.items()}, torch.cat(out) if out else x[:0]
 
 
 def first_input(model: nn.Module, name: str, images: Tensor) -> Tensor:
@@ -268,9 +278,11 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
     x = layers[0].quant_x
     assert isinstance(x, Quantizer)
     weights = [layer.weight.flatten(1).clone() for layer in layers]
-    rows = torch.randperm(len(given), generator=torch.Generator().manual_seed(0)).to(given.device)
-    one, other = given[rows[:ROWS]], given[rows[-ROWS:]]
-    low, high = given.aminmax(dim=0)
+    # Fitted on the first half of the images, compared on the second, which may leave the ranges of the first.
+    generator = torch.Generator().manual_seed(0)
+    first, second = given.chunk(2) if len(given) > 1 else (given, given)
+    low, high = first.aminmax(dim=0)
+    one, other = (half[torch.randperm(len(half), generator=generator)[:ROWS].to(half.device)] for half in (first, second))
     tried = {}
     for alpha in ALPHAS if take else ALPHAS[:1]:
         divisor, centre = balance(low, high, alpha)
@@ -283,9 +295,11 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
             off, full = got - other @ w.T, other @ w.T
             error += float((off - off.mean(0)).square().sum())
             size += float((full - full.mean(0)).square().sum())
-        tried[alpha] = ((error / max(size, 1e-12)) ** 0.5, divisor, centre)
-    alpha = min(tried, key=lambda a: tried[a][0])
-    error, divisor, centre = tried[alpha]
+        tried[alpha] = (error / max(size, 1e-12)) ** 0.5
+    alpha = min(tried, key=lambda a: tried[a])
+    error = tried[alpha]
+    low, high = given.aminmax(dim=0)
+    divisor, centre = balance(low, high, alpha)
     scale, zero = x.grid(((low - centre) / divisor).amin(), ((high - centre) / divisor).amax())
     if take:
         take(divisor, centre)
@@ -297,7 +311,7 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
         layer.weight.copy_(rounded.reshape(layer.weight.shape))
         layer.bias.add_(target.mean(0) - rounded @ seen.mean(0))  # pyright: ignore[reportOptionalMemberAccess]
         layer.quant_x.watcher = layer.quant_w.watcher = None
-    versus = f", {100 * tried[0.0][0]:.1f} % at α = 0" if alpha else ""
+    versus = f", {100 * tried[0.0]:.1f} % at α = 0" if alpha else ""
     return f"inputs balanced with α = {alpha:g}: its output is {100 * error:.1f} % off{versus}"
 
 

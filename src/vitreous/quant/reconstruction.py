@@ -73,8 +73,8 @@ def reduces(model: nn.Module) -> bool:
     return any(len(m.reducers) > 0 for m in model.modules() if isinstance(m, PlainBlock))
 
 
-class _Enough(Exception):
-    pass
+class Enough(Exception):
+    """Raised in a hook: the model need run no further."""
 
 
 @torch.no_grad()
@@ -84,13 +84,13 @@ def record(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]
 
     def keep(_: Any, given: tuple[Tensor, ...], out: Tensor) -> None:
         seen.append((given[0], out))
-        raise _Enough
+        raise Enough
 
     parameter = next(model.parameters())
     handle = model.get_submodule(name).register_forward_hook(keep)
     try:
         for batch in images.split(BATCH):
-            with suppress(_Enough):
+            with suppress(Enough):
                 model(batch.to(parameter))
     finally:
         handle.remove()
