@@ -66,14 +66,24 @@ def onnxruntime_int8(path: Path, threads: int) -> Peer:
     return onnxruntime(target, "ONNX Runtime int8 dynamic", threads)
 
 
-def nncf_int8(path: Path, images: Tensor, threads: int) -> Peer:
-    """NNCF's post-training quantization with its transformer preset, on the same calibration images."""
+def nncf_int8(path: Path, images: Tensor, threads: int, fix_overflow: bool = False) -> Peer:
+    """NNCF's post-training quantization with its transformer preset, on the same calibration images.
+
+    fix_overflow: keep weights to 7 bits, for processors without VNNI.
+    """
     import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
     nncf.set_log_level(logging.ERROR)
     data = nncf.Dataset(images.split(1), lambda x: x.numpy())
-    model = nncf.quantize(ov.Core().read_model(path), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
-    target = path.with_name("nncf.xml")
+    model = nncf.quantize(
+        ov.Core().read_model(path),
+        data,
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(images),
+        advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE) if fix_overflow else None,
+    )
+    target = path.with_name(f"nncf{'-fixed' * fix_overflow}.xml")
     ov.save_model(model, target, compress_to_fp16=False)
     config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(target, "CPU", config)

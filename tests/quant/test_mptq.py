@@ -13,7 +13,7 @@ from support import error, small_vit, uneven_vit
 from torch import Tensor, nn
 
 from vitreous.quant.layers import FakeQuantizer, Quantizer, QuantLinear, quant_layers
-from vitreous.quant.mptq import MPTQ, TwoRegion, greedy
+from vitreous.quant.mptq import MPTQ, TwoRegion, before, greedy, only, parts
 from vitreous.quant.mse import MSE
 from vitreous.quant.percentile import Histogram
 from vitreous.quant.smoothquant import SmoothQuant
@@ -221,6 +221,24 @@ def test_mixed_bits_keep_their_averages_and_come_back_from_a_file(
     assert len(bits) > 2 and min(bits) >= min(wanted) - 1
     weights, activations = average(small)
     assert wanted[0] - 0.9 < weights <= wanted[0] and wanted[1] - 0.9 < activations <= wanted[1]
+
+
+@torch.no_grad()
+def test_blocks_before_what_is_tried_out_run_once(images: Tensor) -> None:
+    small = MPTQ(4, 4).apply(small_vit(), images)
+    known, runs = before(small, images[:2]), []
+    for block in small.blocks:
+        block.norm1.register_forward_hook(lambda *_: runs.append(1))
+    for kind, name, ran in (
+        ("weights", "blocks.2.attn.proj", 2),
+        ("activations", "blocks.1.attn.qk", 3),
+        ("weights", "patch_embed.proj", 4),
+    ):
+        wanted = parts(small)[kind][name]
+        whole = only(small, wanted, images[:2], {})
+        runs.clear()
+        assert torch.equal(only(small, wanted, images[:2], known), whole) and len(runs) == ran
+    assert torch.equal(small(images[:2]), MPTQ(4, 4).apply(small_vit(), images)(images[:2]))  # nothing is left behind
 
 
 def test_what_hurts_keeps_more_bits(images: Tensor, others: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .layers import FLOOR, FakeQuantizer, Quantizer, QuantLinear, quant_layers
 from .mse import COARSE, search_range, search_weight
 from .percentile import Histogram, histograms
 from .posttraining import PostTraining, Read, norm_readers
+from .reconstruction import reduces
 from .smoothquant import migration, refuse_alpha, smooth
 
 RATIOS = range(9)  # m, where one region's step is 2^m of the other's
@@ -87,13 +89,13 @@ class MPTQ(PostTraining):
             with working(Work()):  # its progress is not ours
                 single = replace(self, weights=bits, activations=bits, softmax=softmax, reduce_range=False, mixed=False)
                 small = single.apply(model, images)
-            everything = parts(small)
+            everything, known = parts(small), before(small, images)
             if not i:
                 sizes["activations"] = count(small, everything["activations"], images)
                 sizes["weights"] = {n: layer.weight.numel() for n, layer in quant_layers(small).items()}
             for kind in (k for k in wanted if bits in choices[k]):
                 for name, quantizers in everything[kind].items():
-                    error = only(small, quantizers, images) - exact
+                    error = only(small, quantizers, images, known) - exact
                     relative = (error.square().sum(1) / exact.square().sum(1).clamp_min(FLOOR)).mean()
                     errors[kind].setdefault(name, {})[bits] = float(relative)
             tick(0.8 * (i + 1) / len(widths))
@@ -187,15 +189,39 @@ def parts(model: nn.Module) -> dict[str, Parts]:
     return {"weights": {n: [layer.quant_w] for n, layer in layers.items()}, "activations": activations}
 
 
-def only(model: nn.Module, wanted: list[FakeQuantizer], images: Tensor) -> Tensor:
-    """The output `[B, …]`, flattened, with no quantizer at work but those wanted."""
+def before(model: nn.Module, images: Tensor) -> dict[nn.Module, Tensor]:
+    """What each block gives when no quantizer is at work, in the order in which they run; none where blocks give up tokens."""
+    given: dict[nn.Module, Tensor] = {}
+
+    def keep(block: nn.Module, _: Any, out: Tensor) -> None:
+        given[block] = out
+
+    blocks = [m for m in model.modules() if isinstance(m, PlainBlock) and not reduces(model)]
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    only(model, [], images, {})
+    for hook in hooks:
+        hook.remove()
+    return given
+
+
+def only(model: nn.Module, wanted: list[FakeQuantizer], images: Tensor, known: Mapping[nn.Module, Tensor]) -> Tensor:
+    """The output `[B, …]`, flattened, with no quantizer at work but those wanted.
+
+    known: what blocks give without quantizers, see `before`; those that run before all that is wanted need not run again.
+    """
     others = [m for m in model.modules() if isinstance(m, FakeQuantizer) and m not in wanted]
+    blocks = list(known)
+    first = next((i for i, block in enumerate(blocks) if any(m in wanted for m in block.modules())), 0)
     try:
+        for block in blocks[:first]:
+            block.forward = lambda *_, given=known[block]: given
         for quantizer in others:
             quantizer.watcher = lambda x: None
         with torch.no_grad():
             return model(images.to(next(model.parameters()))).flatten(1)
     finally:
+        for block in blocks[:first]:
+            del block.forward
         for quantizer in others:
             quantizer.watcher = None
 
