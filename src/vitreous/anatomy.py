@@ -20,7 +20,7 @@ from .errors import VitreousError
 
 ATTENTION_CLASS = re.compile(r"atte?n|mhsa|gpsa|xca$", re.IGNORECASE)
 RELATIVE = re.compile("bias_table|rel_pos|attention_biases|cpb")  # parameters of a bias for pairs of places
-NOT_ATTENTION = re.compile(r"pool2d|channelattn|spatialattn|^cbam|^eca|^se", re.IGNORECASE)
+NOT_ATTENTION = re.compile(r"pool2d|largekernel|channelattn|spatialattn|^cbam|^eca|^se", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import timm
 import torch
 
+from vitreous.anatomy import read
 from vitreous.models.van import LargeKernelAttention
 
 
@@ -24,3 +26,7 @@ def test_attention_is_a_factor() -> None:
     x[:, 2] = 0
     out = lka(x)
     assert not out[:, 2].any() and out[:, 0].all()
+
+
+def test_a_large_kernel_is_no_attention_to_look_into() -> None:
+    assert not read(timm.create_model("van_b0")).attention

@@ -29,7 +29,7 @@ class LargeKernelAttention(nn.Module):
         return x * self.pointwise(self.dilated(self.local(x)))
 
 
-class Attention(nn.Module):
+class LargeKernelMixer(nn.Module):
     """LKA between two 1 × 1 convolutions, and what it read added again; `[B, C, H, W]`."""
 
     def __init__(self, channels: int) -> None:
@@ -61,7 +61,7 @@ class VAN(Pyramid):
             embed = conv_norm(in_chans, width, 3 if i else 7, 2 if i else 4, bias=True)
             hidden = width * mlp_ratios[i]
             blocks = (
-                MetaBlock(width, Attention(width), DepthwiseMlp(width, hidden, drop=drop_rate), nn.BatchNorm2d, 1e-2, rate)
+                MetaBlock(width, LargeKernelMixer(width), DepthwiseMlp(width, hidden, drop=drop_rate), nn.BatchNorm2d, 1e-2, rate)
                 for rate in rates[i]
             )
             self.stages.append(nn.Sequential(embed, *blocks, LayerNorm2d(width, eps=1e-6)))
