@@ -25,6 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -200,6 +204,37 @@ def measure(model: nn.Module, images: Tensor, x: Tensor, y: Tensor | None, a: ar
             kept["date"] = time.strftime("%Y-%m-%d")
             path.write_text(json.dumps(kept, indent=1) + "\n")
     show(kept)
+    plot(kept, a.what)
+
+
+def plot(kept: dict[str, Any], what: str) -> None:
+    """Every method a row, its figure at each precision a point: docs/quant-<what>.png."""
+    names = [n for n in ("MinMax, linear layers only", *METHODS) if any(f"{n} W{w}A{x}" in kept["rows"] for w, x in BITS)]
+    once = [n for n, r in kept["rows"].items() if "error" in r and not any(n.endswith(f" W{w}A{x}") for w, x in BITS)]
+    accuracy = any("accuracy" in r for r in kept["rows"].values())
+    figure, axes = plt.subplots(figsize=(9, 0.27 * (len(names) + len(once)) + 1.4), layout="constrained")
+    series = [(f"W{w}A{x}", [f"{n} W{w}A{x}" for n in names]) for w, x in BITS] + [("as it comes", once)]
+    for (label, keys), colour, marker in zip(series, ("#1b7837", "#e08214", "#7b3294", "#555555"), "osD^", strict=True):
+        found = [(i + len(names) * (keys is once), kept["rows"][k]) for i, k in enumerate(keys) if k in kept["rows"]]
+        found = [(i, r) for i, r in found if "error" in r]
+        at = [i for i, _ in found]
+        if accuracy:
+            values = [100 * r["difference"][0] for _, r in found]
+            off = [[100 * abs(r["difference"][j] - r["difference"][0]) for _, r in found] for j in (1, 2)]
+            axes.errorbar(values, at, xerr=off, fmt=marker, color=colour, label=label, markersize=5, linewidth=1)
+        else:
+            axes.plot([r["error"] for _, r in found], at, marker, color=colour, label=label, markersize=5)
+    axes.set_yticks(range(len(names) + len(once)), names + once)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    if accuracy:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlabel("accuracy lost against the float model, points, with 95 % interval")
+    else:
+        axes.set_xscale("log")
+        axes.set_xlabel("relative error of the feature against the float model, mean over images")
+    axes.legend(frameon=False, loc="best")
+    figure.savefig(DOCS / f"quant-{what}.png", dpi=120)
 
 
 def show(kept: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import vitreous.quant.auto as auto_module
 from vitreous.quant import Auto, MinMax, RepQ, why
-from vitreous.quant.auto import Balanced, balance, chain, fit_layers, in_floats, inputs, taker
+from vitreous.quant.auto import Balanced, balance, fit_layers, in_floats, inputs, taker
 from vitreous.quant.layers import QuantLinear, quant_layers
+from vitreous.quant.reconstruction import chain
 from vitreous.steps import slim
 from vitreous.tokens import MCTF, EViT
 

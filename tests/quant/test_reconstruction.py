@@ -85,6 +85,18 @@ def test_a_walk_hands_each_unit_the_right_tensors(small: nn.Module, images: Tens
         assert len(seen) == 4 and told == [0.625, 0.75, 0.875, 1.0]
 
 
+def test_layers_read_what_the_layers_before_them_learned(small: nn.Module, images: Tensor) -> None:
+    floats, names = in_floats(small), {m: n for n, m in small.named_modules()}
+
+    def learn(unit: nn.Module, x: Tensor, y: Tensor) -> None:
+        torch.testing.assert_close(x, record(small, names[unit], images)[0])
+        torch.testing.assert_close(y, record(floats, names[unit], images)[1])
+        with torch.no_grad():
+            next(unit.parameters()).mul_(1.1)
+
+    walk(small, floats, images, learn, "a", blocks=False)
+
+
 def test_a_stopped_walk_goes_on(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
     floats, before = in_floats(small), small.head.bias.clone()
 

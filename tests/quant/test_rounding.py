@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
 from vitreous.quant.layers import Quantizer
-from vitreous.quant.rounding import SoftRounding, annealed, learn_rounding
+from vitreous.quant.rounding import PENALTY, SoftRounding, annealed, learn_rounding
 
 
 def quantizer(weight: Tensor, bits: int, limit: int | None = None) -> Quantizer:
@@ -29,13 +29,12 @@ def by_hand(v: float) -> SoftRounding:
 
 def test_the_rectified_sigmoid_by_hand() -> None:
     middle = by_hand(0.0)  # σ = 0.5, h = 0.5·1.2 − 0.1 = 0.5
-    assert middle().item() == pytest.approx(0.75) and middle.regularization(2.0).item() == pytest.approx(1.0)
+    assert middle().item() == pytest.approx(0.75)
     some = by_hand(1.0)  # σ = 0.7310586, h = 0.7772703, 2h − 1 = 0.5545406
     assert some().item() == pytest.approx(0.8886352, abs=1e-6)
-    assert some.regularization(3.0).item() == pytest.approx(1 - 0.5545406**3, abs=1e-6)
     assert some.hard().item() == 1.0 and by_hand(-0.1).hard().item() == 0.5
     for v, end in ((3.0, 1.0), (-3.0, 0.5)):  # σ(3) = 0.953, h = 1.043, cut to 1
-        assert by_hand(v)().item() == end and by_hand(v).regularization(2.0).item() == 0
+        assert by_hand(v)().item() == end
 
 
 def test_it_starts_at_the_float_weight_and_rounds_to_its_neighbours() -> None:
@@ -57,6 +56,24 @@ def test_it_starts_at_the_float_weight_and_rounds_to_its_neighbours() -> None:
         assert ((hard - weight).abs() <= 1.01 * q.scale[:, None] + 1e-6)[inner].all()
         soft().sum().backward()
         assert soft.v.grad is not None and (soft.v.grad >= 0).all() and soft.v.grad.any()
+
+
+@pytest.mark.parametrize("beta", [None, 2.0, 11.5])
+def test_the_gradient_is_that_of_loss_and_penalty(beta: float | None) -> None:
+    torch.manual_seed(0)
+    weight, slope = torch.randn(6, 20), torch.randn(6, 20)
+    for bits in (8, 3):
+        soft = SoftRounding(weight, quantizer(weight, bits))
+        with torch.no_grad():
+            soft.v.uniform_(-4, 4)
+        loss = (soft() * slope).sum()
+        if beta is not None:
+            loss = loss + PENALTY * (1 - (2 * soft.h() - 1).abs() ** beta).sum()
+        loss.backward()
+        at_the_end = (soft.floor + soft.h() - soft.low).abs().minimum((soft.floor + soft.h() - soft.high).abs()) < 1e-6
+        got = soft.gradient(slope, beta)
+        assert soft.v.grad is not None and torch.allclose(got[~at_the_end], soft.v.grad[~at_the_end], atol=1e-6)
+        assert got.any() and (got == 0).any()
 
 
 def test_limits_are_kept() -> None:

@@ -17,7 +17,7 @@ from .calibration import watch
 from .gptq import patches, second_order_rounding
 from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
 from .posttraining import PostTraining, attention_blocks, give_bias
-from .reconstruction import Enough, in_floats, reduces, unchanged
+from .reconstruction import Enough, chain, in_floats, record, unchanged
 
 IMAGES = 64  # images whose activations are held at a time; of more, the first
 PLACES = 6  # of which the inputs are held at a time; a place is what some layers read together
@@ -100,7 +100,7 @@ class Auto(PostTraining):
             f = q = None
             for i, name in enumerate(blocks):
                 if f is None or q is None:
-                    f, q = (first_input(m, name, images) for m in (floats, model))
+                    f, q = (record(m, name, images)[0] for m in (floats, model))
                 block = cast(PlainBlock, model.get_submodule(name))
                 f, q = in_order(block, cast(PlainBlock, floats.get_submodule(name)), f, q, why)
                 tick(0.2 + 0.8 * (i + 1) / len(blocks))
@@ -116,30 +116,6 @@ def why(model: nn.Module) -> dict[str, str]:
 
 
 # ---- in which order layers are fitted, and to what
-
-
-def chain(model: nn.Module, image: Tensor) -> list[str]:
-    """The names of the plain blocks when each reads just what the one before gives, and all keep every token; else none."""
-    blocks = {n: m for n, m in model.named_modules() if isinstance(m, PlainBlock)}
-    if reduces(model):
-        return []
-    read: list[int] = []
-    gave: list[Tensor] = []  # kept, so that each id stays its own
-
-    def before(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-        read.append(id(given[0]))
-
-    def after(_: nn.Module, __: Any, out: Tensor) -> None:
-        gave.append(out)
-
-    hooks = [b.register_forward_pre_hook(before) for b in blocks.values()]
-    hooks += [b.register_forward_hook(after) for b in blocks.values()]
-    try:
-        model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(blocks) if read[1:] == [id(out) for out in gave[:-1]] and len(read) == len(blocks) else []
 
 
 def in_order(block: PlainBlock, floats: PlainBlock, f: Tensor, q: Tensor, why: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -203,18 +179,6 @@ def inputs(module: nn.Module, names: list[str], x: Tensor, whole: bool = True) -
         for hook in hooks:
             hook.remove()
     return {name: torch.cat(parts) for name, parts in seen.items()}, torch.cat(out) if out else x[:0]
-
-
-def first_input(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    """What the module `name` reads, `[N, T, C]`."""
-    seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        for batch in images.split(8):
-            model(batch)
-    finally:
-        hook.remove()
-    return torch.cat(seen)
 
 
 def fit_products(model: nn.Module, images: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,41 @@ def reduces(model: nn.Module) -> bool:
     return any(len(m.reducers) > 0 for m in model.modules() if isinstance(m, PlainBlock))
 
 
+@torch.no_grad()
+def chain(model: nn.Module, image: Tensor) -> list[str]:
+    """The names of the plain blocks when each reads just what the one before gives, and all keep every token; else none."""
+    blocks = {n: m for n, m in model.named_modules() if isinstance(m, PlainBlock)}
+    if reduces(model):
+        return []
+    read: list[int] = []
+    gave: list[Tensor] = []  # kept, so that each id stays its own
+
+    def before(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read.append(id(given[0]))
+
+    def after(_: nn.Module, __: Any, out: Tensor) -> None:
+        gave.append(out)
+
+    hooks = [b.register_forward_pre_hook(before) for b in blocks.values()]
+    hooks += [b.register_forward_hook(after) for b in blocks.values()]
+    try:
+        model(image.to(next(model.parameters())))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(blocks) if read[1:] == [id(out) for out in gave[:-1]] and len(read) == len(blocks) else []
+
+
+@torch.no_grad()
+def entering(model: nn.Module, chained: list[str], block: str, held: str, x: Tensor, images: Tensor) -> Tensor:
+    """What `block` reads over `images`; `x` is what the block `held` read. Without a name, the images."""
+    if not block:
+        return images
+    if held and chained.index(block) == chained.index(held) + 1:
+        return torch.cat([model.get_submodule(held)(batch) for batch in x.split(BATCH)])
+    return record(model, block, images)[0]
+
+
 class Enough(Exception):
     """Raised in a hook: the model need run no further."""
 
@@ -120,17 +156,26 @@ def walk(
     images = images[:IMAGES]
     names = units(model, images[:1], blocks)
     own_inputs = own_inputs and not reduces(model)
+
+    def make(around: str, inside: str, f: Tensor, q: Tensor) -> dict[str, Tensor]:
+        x, y = record(floats.get_submodule(around), inside, f)
+        if own_inputs:
+            x = record(model.get_submodule(around), inside, q)[0]
+        unit = model.get_submodule(around).get_submodule(inside)
+        learn(unit, x, y)
+        return unit.state_dict()
+
+    chained, held, f, q = chain(floats, images[:1]), "", images, images
     for i, name in enumerate(names):
-        unit = model.get_submodule(name)
-
-        def make(unit: nn.Module = unit, name: str = name) -> dict[str, Tensor]:
-            x, y = record(floats, name, images)
-            if own_inputs:
-                x = record(model, name, images)[0]
-            learn(unit, x, y)
-            return unit.state_dict()
-
-        unit.load_state_dict(part(f"{stage}-{name}", make))
+        # Recorded from the block around the unit, so that nothing before it runs again for each unit.
+        block = next((b for b in chained if f"{name}.".startswith(f"{b}.")), "")
+        if block != held:
+            f = entering(floats, chained, block, held, f, images)
+            q = entering(model, chained, block, held, q, images) if own_inputs else f
+            held = block
+        inside = name[len(block) :].removeprefix(".")
+        kept = part(f"{stage}-{name}", partial(make, block, inside, f, q))
+        model.get_submodule(name).load_state_dict(kept)
         tick(done[0] + (done[1] - done[0]) * (i + 1) / len(names))
 
 

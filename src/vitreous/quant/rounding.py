@@ -53,9 +53,22 @@ class SoftRounding(nn.Module):
         """The soft-quantized weight, differentiable in `v`."""
         return torch.minimum(torch.maximum(self.floor + self.h(), self.low), self.high) * self.scale
 
-    def regularization(self, beta: float) -> Tensor:
-        """Σ 1 − |2h − 1|^β (equation 24): 0 when every weight is on the grid; a large β leaves the undecided ones alone."""
-        return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
+    @torch.no_grad()
+    def gradient(self, slope: Tensor, beta: float | None) -> Tensor:
+        """∂/∂V of what has `slope` as its gradient in the soft weight, plus λ·Σ 1 − |2h − 1|^β unless β is None.
+
+        That penalty (equation 24) is 0 when every weight is on the grid; a large β leaves the undecided ones alone. By hand,
+        for autograd takes twice as long.
+        """
+        sigma = torch.sigmoid(self.v)
+        h = sigma * (ZETA - GAMMA) + GAMMA
+        moves = (h > 0) & (h < 1)
+        there = self.floor + h
+        towards_h = (slope * self.scale).mul_((there > self.low) & (there < self.high))
+        if beta is not None:
+            far = h.mul_(2).sub_(1)
+            towards_h -= far.abs().pow_(beta - 1).mul_(far.sign()).mul_(2 * beta * PENALTY)
+        return towards_h.mul_(sigma).mul_(1 - sigma).mul_(moves).mul_(ZETA - GAMMA)
 
     @torch.no_grad()
     def hard(self) -> Tensor:
@@ -104,19 +117,13 @@ def learn_rounding(layer: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor, quantizer
     return torch.where(better[:, None], learned, nearest).reshape(layer.weight.shape).to(layer.weight.dtype)
 
 
-@torch.enable_grad()
+@torch.no_grad()
 def decide(soft: SoftRounding, moment: Tensor, cross: Tensor, iterations: int) -> None:
     """Learn V by `iterations` of Adam, from the moments of the data: inputs `[in, in]`, and outputs with inputs `[out, in]`."""
-    optimizer = torch.optim.Adam(soft.parameters(), lr=min(10 / iterations, FASTEST))
+    optimizer = torch.optim.Adam([soft.v], lr=min(10 / iterations, FASTEST))
     for i in range(iterations):
-        weight = soft().reshape(cross.shape)
-        slope = 2 * (weight.detach() @ moment - cross)
-        loss = (slope * weight).sum()  # not the loss, but it has its gradient, for one product instead of two
-        beta = annealed(i / iterations)
-        if beta is not None:
-            loss = loss + PENALTY * soft.regularization(beta)
-        optimizer.zero_grad()
-        loss.backward()
+        slope = (soft().reshape(cross.shape) @ moment).sub_(cross).mul_(2)
+        soft.v.grad = soft.gradient(slope.reshape(soft.v.shape), annealed(i / iterations))
         optimizer.step()
 
 
