@@ -139,7 +139,7 @@ def entries(model: nn.Module, images: Tensor, a: argparse.Namespace, folder: Pat
     for w, x in BITS:
         found[f"MinMax, linear layers only W{w}A{x}"] = lambda w=w, x=x: linear_only(model, w, x, images)
         for name, make in METHODS.items():
-            if "mixed" not in name or w < 8:
+            if ("mixed" not in name or w < 8) and ("products" not in name or w == 8):
                 found[f"{name} W{w}A{x}"] = applied(make(w, x))
     found |= {name: applied(make()) for name, make in ONCE.items()}
 

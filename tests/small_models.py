@@ -86,17 +86,59 @@ SMALL: dict[str, Small] = {
         resized=dict(img_size=96),
     ),
     "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=1, num_heads=3), attention=False),
+    "vig-gla hierarchical": Small(
+        "vig_gla_h_t", dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)), attention=False
+    ),
     "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(1, 1, 1, 1)), attention=False),
+    "msvmamba v3": Small("msvmambav3_tiny_224", dict(embed_dim=16, depths=(1, 1, 1, 1)), attention=False),
     "channelvit": Small("channelvit_small", dict(img_size=64, embed_dim=32, num_heads=2, depth=2)),
     "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
     "gmm-attention": Small(
         "gmm_vit_cifar", dict(embed_dim=24, num_heads=2), side=32, other_side=None, resized=dict(img_size=48, patch_size=4)
+    ),
+    "gmm-attention swin": Small(
+        "gmm_swin_cifar",
+        dict(embed_dim=16, depths=(2, 1, 1), num_heads=(1, 2, 2)),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48, window_size=6),
+    ),
+    "gmm-attention cait": Small(
+        "gmm_cait_tiny_cifar",
+        dict(embed_dim=24, depth=2, num_heads=2, head_dim=16, mlp_dim=48),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+    ),
+    "gmm-attention pit": Small(
+        "gmm_pit_cifar",
+        dict(patch_size=4, embed_dim=16, depths=(1, 1, 1), num_heads=(1, 2, 4)),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+        # The head reads the class token alone, whose scores are not masked.
+        unused=("stages.2.blocks.0.attn.mask",),
+    ),
+    "gmm-attention t2t": Small(
+        "gmm_t2t_tinyimagenet",
+        dict(img_size=32, token_dim=8, embed_dim=32, depth=2, num_heads=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+        unused=("patch_embed.cls_token", "patch_embed.norm"),  # official checkpoints have them
     ),
     "patch-scaling": Small(
         "patch_scaling_tiny_patch4_64",
         dict(patch_size=8, embed_dim=24, num_heads=2, checkpoint_tokens=16),
         other_side=None,
         resized=dict(img_size=96),
+    ),
+    "patch-scaling adventurer": Small(
+        "adventurer_tiny_patch16_64",
+        dict(patch_size=8, embed_dim=64, depth=3, checkpoint_tokens=16),
+        other_side=None,
+        resized=dict(img_size=96),
+        attention=False,
     ),
     "minimal-transformer": Small(
         "minimal_transformer_cifar10_6_1_nomlp_symmetry",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitreous.mixers.scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan
+from vitreous.mixers.scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan, state_space_dual
 
 Inputs = tuple[Tensor, ...]
 
@@ -30,6 +30,14 @@ def scan_inputs(length: int, decay: float, seed: int = 0) -> Inputs:
     return x, delta, A, B, C, torch.randn(3, generator=at)
 
 
+def dual_inputs(length: int, decay: float, seed: int = 0) -> Inputs:
+    """x, Δ up to `decay`, A, B, C and D of 2 images, 3 heads of 5 channels, and 4 states."""
+    at = torch.Generator().manual_seed(seed)
+    x, B, C = torch.randn(2, length, 3, 5, generator=at), *torch.randn(2, 2, length, 4, generator=at)
+    delta, A = decay * torch.rand(2, length, 3, generator=at), -0.5 - torch.rand(3, generator=at)
+    return x, delta, A, B, C, torch.randn(3, generator=at)
+
+
 def naive_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     state, out = torch.zeros_like(k[:, :, 0, :, None] * v[:, :, 0, None, :]), []
     for t in range(q.shape[2]):
@@ -46,6 +54,15 @@ def naive_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     return torch.stack(out, 1)
 
 
+def naive_dual(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    h, out = torch.zeros_like(x[:, 0, :, :, None] * B[:, 0, None, None, :]), []
+    for t in range(x.shape[1]):
+        read = delta[:, t, :, None, None] * x[:, t, :, :, None] * B[:, t, None, None, :]
+        h = (delta[:, t] * A).exp()[:, :, None, None] * h + read
+        out.append((h * C[:, t, None, None, :]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(out, 1)
+
+
 def with_gradients(scan: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = scan(*leaves)
@@ -54,15 +71,19 @@ def with_gradients(scan: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
     return [out.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)]
 
 
-BOTH = pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
     ("scan", "naive", "inputs"),
-    [(gated_linear_attention, naive_gla, gla_inputs), (selective_scan, naive_scan, scan_inputs)],
-    ids=["gla", "selective"],
+    [
+        (gated_linear_attention, naive_gla, gla_inputs),
+        (selective_scan, naive_scan, scan_inputs),
+        (state_space_dual, naive_dual, dual_inputs),
+    ],
+    ids=["gla", "selective", "dual"],
 )
 
 
-@BOTH
-@pytest.mark.parametrize("length", [1, 2, 7, 31, 32, 33, 64, 100])
+@EACH
+@pytest.mark.parametrize("length", [1, 2, 7, 31, 32, 33, 64, 100, 200])
 def test_equals_its_recurrence(
     scan: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: Callable[..., Inputs], length: int
 ) -> None:
@@ -72,7 +93,7 @@ def test_equals_its_recurrence(
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("decay", [0.0, 1.0, 30.0, 1000.0])
 def test_no_decay_is_too_strong_for_float32(
     scan: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: Callable[..., Inputs], decay: float
@@ -98,7 +119,7 @@ class Work(TorchDispatchMode):
         return out
 
 
-@BOTH
+@EACH
 def test_linear_in_the_length(scan: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: Callable[..., Inputs]) -> None:
     """Twice the length is twice the work and twice the largest tensor: 1024 × 1024 pixels are 21 times 224 × 224."""
     short, long = Work(), Work()

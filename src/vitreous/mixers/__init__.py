@@ -7,7 +7,7 @@ from .distilled import DistilledHead
 from .fourier import irfft2, rfft2
 from .neighbourhood import adaptive_avg_pool, neighbourhoods
 from .positions import patch_grid, require_size, resample_position, sinusoid
-from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan
+from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan, state_space_dual
 
 __all__ = [
     "ConditionalPosition",
@@ -28,4 +28,5 @@ __all__ = [
     "rfft2",
     "selective_scan",
     "sinusoid",
+    "state_space_dual",
 ]

@@ -94,6 +94,39 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return ((h * C[..., None, :]).sum(-1) + D * x).to(kind)
 
 
+def state_space_dual(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int = 64) -> Tensor:
+    """y_t = h_tᵀ C_t + D x_t with h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ, where a head has one decay for all that it remembers.
+
+    x and y `[B, L, heads, P]`, delta `[B, L, heads]`, A and D `[heads]`, and B and C, which all heads share, `[B, L, N]`; A is
+    negative, delta positive. Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured
+    State Space Duality" (ICML 2024), section 6. It goes by chunks, as there: from chunk to chunk the states follow
+    `linear_recurrence`. Within one a token reads those before it, as in attention, times the decay between the two. Its
+    logarithm is summed for each pair: as the difference of two sums since the chunk's start it would be less exact.
+
+    On CUDA the kernel of `mamba_ssm` is used where it is installed.
+    """
+    if MAMBA and x.is_cuda:
+        kernel: Any = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+        return kernel(x, delta, A.float(), B[:, :, None], C[:, :, None], 256, D=D.float())
+    kind, length = x.dtype, x.shape[1]
+    x, delta, A, B, C, D = (t.to(torch.promote_types(kind, torch.float32)) for t in (x, delta, A, B, C, D))
+    chunk = min(chunk, length)
+
+    def chunks(t: Tensor) -> Tensor:
+        """`[B, L, …]` to `[B, L / chunk, chunk, …]`, 0 behind the end."""
+        return F.pad(t, (0, 0) * (t.ndim - 2) + (0, -length % chunk)).unflatten(1, (-1, chunk))
+
+    B, C = chunks(B), chunks(C)
+    u, g = chunks(delta[..., None] * x).transpose(2, 3), chunks(delta * A).mT
+    between = g[..., None].expand(*g.shape, chunk).tril(-1).cumsum(-2).exp().tril()  # [B, chunks, heads, reading, read]
+    since = g.cumsum(-1).exp()[..., None]
+
+    states = (B.mT[:, :, None] * between[..., -1:, :]) @ u
+    before = behind(linear_recurrence(since[..., -1:, :].transpose(1, 2), states.transpose(1, 2))).transpose(1, 2)
+    y = ((C @ B.mT)[:, :, None] * between) @ u + since * (C[:, :, None] @ before)
+    return (y.transpose(2, 3).flatten(1, 2)[:, :length] + D[:, None] * x).to(kind)
+
+
 class SelectiveScan(nn.Module):
     """Mamba's S6 layer: `[B, L, D]` to the same, Δ, B and C read from what it scans (Gu and Dao 2023, section 3.2).
 

@@ -1,6 +1,7 @@
 """Architectures, registered with timm on import: `timm.create_model("sit_tiny")` works after `import vitreous.models`."""
 
 from . import (
+    adventurer,
     bundled,
     cas_vit,
     chada_vit,
@@ -13,6 +14,10 @@ from . import (
     dyn_perceiver,
     early_exit,
     gmm_attention,
+    gmm_cait,
+    gmm_pit,
+    gmm_swin,
+    gmm_t2t,
     hornet,
     illama,
     litv2,
@@ -39,6 +44,7 @@ from . import (
 from .official import load_official, variants
 
 __all__ = [
+    "adventurer",
     "bundled",
     "cas_vit",
     "chada_vit",
@@ -51,6 +57,10 @@ __all__ = [
     "dyn_perceiver",
     "early_exit",
     "gmm_attention",
+    "gmm_cait",
+    "gmm_pit",
+    "gmm_swin",
+    "gmm_t2t",
     "hornet",
     "illama",
     "litv2",

@@ -2,22 +2,28 @@
 RetNet Viewed through Convolution" (Pattern Recognition 2024).
 
 Facts from the official repository, CatworldLee/Gaussian-Mixture-Mask-Attention, for images of 32 (CIFAR, SVHN) and 64 pixels
-(Tiny-ImageNet).
+(Tiny-ImageNet). Here are the mask, the plain ViTs, and what they share with `gmm_swin`, `gmm_cait`, `gmm_pit` and `gmm_t2t`.
+
+Not built: the paper's first attempt, a free number for each pair of tokens (`is_SLM`), which the repository does not hand on to
+Swin and to the ViTs of other depths; and patches of 32 pixels in images of 256, for which it has no data set.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import VitreousError
 from .classifier import init_weights
-from .official import official, publish, renamed
+from .official import Convert, official, publish, renamed
 
 
 def gaussian(side: int) -> Tensor:
@@ -48,18 +54,22 @@ class GaussianMixtureMask(nn.Module):
 class GaussianMaskAttention(Attention):
     """Self-attention on tokens `[B, N, C]` whose scaled scores are multiplied by the mask before the softmax.
 
-    `attn_mask` is the `gaussian` of the grid; it comes from the model, where all layers share it.
+    `attn_mask` is the `gaussian` of the grid; it comes from the model, where all layers share it. prefix: how many tokens stand
+    before those of the grid; scores from them and to them are left as they are.
     """
 
-    def __init__(self, dim: int, num_heads: int, kernels: int, **kwargs: Any) -> None:
+    def __init__(self, dim: int, num_heads: int, kernels: int, prefix: int = 0, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
-        self.mask = GaussianMixtureMask(num_heads, kernels)
+        self.mask, self.prefix = GaussianMixtureMask(num_heads, kernels), prefix
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is None:
             raise VitreousError("GaussianMaskAttention needs the Gaussian of its grid as attn_mask: `gaussian(side)`")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q * self.scale @ k.mT * self.mask(attn_mask)
+        mask = self.mask(attn_mask)
+        if self.prefix:
+            mask = F.pad(mask, (self.prefix, 0, self.prefix, 0), value=1.0)
+        scores = q * self.scale @ k.mT * mask
         x = self.attn_drop(scores.softmax(-1)) @ v
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
@@ -106,32 +116,56 @@ class GMMViT(VisionTransformer):
         return super().forward_intermediates(*args, **{**kwargs, "attn_mask": self.mask})
 
 
-def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names to ours; the linear that reads patches as rows, columns, channels becomes a convolution.
+def computed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official tensors without the Gaussians that every layer names again; those left are computed."""
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("mask.mask")}
+    return {n: gaussian(math.isqrt(t.shape[-1])) if n.rpartition(".")[2] == "mask" else t for n, t in kept.items()}
 
-    The Gaussian, which every layer names again, is computed.
-    """
-    names = renamed(
-        {k: v for k, v in state.items() if not k.endswith("mask.mask")},
-        (r"^pos_embedding$", "pos_embed"),
-        (r"^to_patch_embedding\.1\.", "patch_embed.proj."),
-        (r"^mlp_head\.0\.", "fc_norm."),
-        (r"^mlp_head\.1\.", "head."),
-        (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
-        (r"^transformer\.layers\.(\d+)\.0\.fn\.to_qkv\.", r"blocks.\1.attn.qkv."),
-        (r"^transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.", r"blocks.\1.attn.proj."),
-        (r"^transformer\.layers\.(\d+)\.0\.fn\.mask\.", r"blocks.\1.attn.mask."),
-        (r"^transformer\.layers\.(\d+)\.1\.norm\.", r"blocks.\1.norm2."),
-        (r"^transformer\.layers\.(\d+)\.1\.fn\.net\.0\.", r"blocks.\1.mlp.fc1."),
-        (r"^transformer\.layers\.(\d+)\.1\.fn\.net\.3\.", r"blocks.\1.mlp.fc2."),
-    )
-    weight = names["patch_embed.proj.weight"]
-    side = round((weight.shape[1] / 3) ** 0.5)
-    return {
-        **names,
-        "mask": gaussian(round(names["mask"].shape[-1] ** 0.5)),
-        "patch_embed.proj.weight": weight.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2),
-    }
+
+def patches(weight: Tensor) -> Tensor:
+    """`[width, side · side · 3]`, of a linear layer that reads patches as rows, columns, channels, as a convolution's weight."""
+    side = math.isqrt(weight.shape[1] // 3)
+    return weight.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+
+
+# What the repository's ViT, CaiT and PiT call the same.
+NAMES = (
+    (r"^pos_embedding$", "pos_embed"),
+    (r"^to_patch_embedding\.[01]\.", "patch_embed.proj."),
+    (r"^mlp_head\.1\.", "head."),
+    (r"\blayers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
+    (r"\blayers\.(\d+)\.0\.fn\.to_out\.0\.", r"blocks.\1.attn.proj."),
+    (r"\blayers\.(\d+)\.0\.fn\.(to_)?", r"blocks.\1.attn."),
+    (r"\blayers\.(\d+)\.1\.norm\.", r"blocks.\1.norm2."),
+    (r"\blayers\.(\d+)\.1\.fn\.net\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"\blayers\.(\d+)\.1\.fn\.net\.3\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official names to ours."""
+    names = renamed(computed(state), (r"^transformer\.", ""), (r"^mlp_head\.0\.", "fc_norm."), *NAMES)
+    return {**names, "patch_embed.proj.weight": patches(names["patch_embed.proj.weight"])}
+
+
+def publish_both(
+    cls: type[nn.Module], name: str, convert: Convert, cifar: Mapping[str, Any], tinyimagenet: Mapping[str, Any], **cfg: Any
+) -> None:
+    """Publish the official `name` twice: for images of 32 pixels with the arguments `cifar`, and of 64 with `tinyimagenet`."""
+    short = name.replace("**", "_w192").replace("*", "_w108").replace("-", "_")
+    for data, size, classes, arguments in (("cifar", 32, 100, cifar), ("tinyimagenet", 64, 200, tinyimagenet)):
+        publish(
+            cls,
+            f"gmm_{short}_{data}",
+            dict(img_size=size, num_classes=classes, **arguments),
+            variant=f"gmm-attention--{name}_{data}",
+            convert=convert,
+            size=size,
+            num_classes=classes,
+            fixed_input_size=True,
+            crop_pct=1.0,
+            **cfg,
+        )
 
 
 # official name: width, depth, heads, patches at 32 and at 64 pixels
@@ -147,21 +181,6 @@ VARIANTS = {
     "vit_d60": (72, 60, 12, 4, 8),
 }
 for _name, (_width, _depth, _heads, *_patches) in VARIANTS.items():
-    for _data, _size, _patch, _classes in (("cifar", 32, _patches[0], 100), ("tinyimagenet", 64, _patches[1], 200)):
-        _arguments = dict(
-            img_size=_size, patch_size=_patch, num_classes=_classes, embed_dim=_width, depth=_depth, num_heads=_heads
-        )
-        publish(
-            GMMViT,
-            f"gmm_{_name.replace('**', '_w192').replace('*', '_w108').replace('-', '_')}_{_data}",
-            _arguments,
-            variant=f"gmm-attention--{_name}_{_data}",
-            convert=convert,
-            size=_size,
-            maps=_depth,
-            num_classes=_classes,
-            fixed_input_size=True,
-            crop_pct=1.0,
-            first_conv="patch_embed.proj",
-        )
+    _cifar, _tinyimagenet = (dict(embed_dim=_width, depth=_depth, num_heads=_heads, patch_size=_patch) for _patch in _patches)
+    publish_both(GMMViT, _name, convert, _cifar, _tinyimagenet, maps=_depth, first_conv="patch_embed.proj")
 official("gmm-attention--vit_cifar_sigma50", GMMViT, convert)  # another golden of the same model

@@ -1,8 +1,8 @@
 """Plain ViTs with patches down to one pixel. Wang et al., "Scaling Laws in Patchification: An Image Is Worth 50,176 Tokens And
 More" (ICML 2025).
 
-The official repository, wangf3014/Patch_Scaling, publishes the paper's Mamba models alone, which are not here; these
-are ViTs of DeiT's sizes.
+These are its ViTs, of DeiT's sizes. Its Mamba models, the only ones that the official repository, wangf3014/Patch_Scaling,
+publishes, are in `adventurer.py`.
 """
 
 from __future__ import annotations
