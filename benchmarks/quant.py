@@ -214,8 +214,10 @@ def plot(kept: dict[str, Any], what: str) -> None:
     accuracy = any("accuracy" in r for r in kept["rows"].values())
     figure, axes = plt.subplots(figsize=(9, 0.27 * (len(names) + len(once)) + 1.4), layout="constrained")
     series = [(f"W{w}A{x}", [f"{n} W{w}A{x}" for n in names]) for w, x in BITS] + [("as it comes", once)]
-    for (label, keys), colour, marker in zip(series, ("#1b7837", "#e08214", "#7b3294", "#555555"), "osD^", strict=True):
-        found = [(i + len(names) * (keys is once), kept["rows"][k]) for i, k in enumerate(keys) if k in kept["rows"]]
+    looks = zip(series, ("#1b7837", "#e08214", "#7b3294", "#555555"), "osD^", (-0.22, 0, 0.22, 0), strict=True)
+    for (label, keys), colour, marker, beside in looks:
+        above = len(names) * (keys is once) + beside * accuracy  # intervals lie beside each other
+        found = [(i + above, kept["rows"][k]) for i, k in enumerate(keys) if k in kept["rows"]]
         found = [(i, r) for i, r in found if "error" in r]
         at = [i for i, _ in found]
         if accuracy:
@@ -228,8 +230,8 @@ def plot(kept: dict[str, Any], what: str) -> None:
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     if accuracy:
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xlabel("accuracy lost against the float model, points, with 95 % interval")
+        axes.axvline(0, color="#999999", linewidth=1)
+        axes.set_xlabel("accuracy above the float model, points, with 95 % interval")
     else:
         axes.set_xscale("log")
         axes.set_xlabel("relative error of the feature against the float model, mean over images")
