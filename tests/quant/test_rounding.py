@@ -32,9 +32,11 @@ def test_the_rectified_sigmoid_by_hand() -> None:
     assert middle().item() == pytest.approx(0.75)
     some = by_hand(1.0)  # σ = 0.7310586, h = 0.7772703, 2h − 1 = 0.5545406
     assert some().item() == pytest.approx(0.8886352, abs=1e-6)
+    # The penalty 1 − |2h − 1|³ has the slope −6·0.5545406² in h, and h in V the slope 1.2·0.7310586·0.2689414.
+    assert some.gradient(torch.zeros(1, 1), 3.0).item() == pytest.approx(-PENALTY * 6 * 0.5545406**2 * 0.2359343, rel=1e-5)
     assert some.hard().item() == 1.0 and by_hand(-0.1).hard().item() == 0.5
     for v, end in ((3.0, 1.0), (-3.0, 0.5)):  # σ(3) = 0.953, h = 1.043, cut to 1
-        assert by_hand(v)().item() == end
+        assert by_hand(v)().item() == end and by_hand(v).gradient(torch.ones(1, 1), 2.0).item() == 0
 
 
 def test_it_starts_at_the_float_weight_and_rounds_to_its_neighbours() -> None:
