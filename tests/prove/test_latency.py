@@ -26,14 +26,21 @@ class Bench:
 
 
 def test_each_has_its_turn_a_round_and_first_calls_are_discarded():
-    cold_then_warm = itertools.chain([100.0] * WARMUP, itertools.cycle([9.0, 1.0]))
-    bench = Bench(a=cold_then_warm, b=2.0, c=3.0)
+    cold_then_warm = itertools.chain([100.0] + [0.5] * (WARMUP - 1), itertools.cycle([0.5, 0.125]))
+    bench = Bench(a=cold_then_warm, b=0.25, c=0.5)
     times = interleave(bench.runs(), rounds=20, clock=bench.clock)
-    assert {name: t.tolist() for name, t in times.items()} == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [3.0] * 20}
-    calls = "".join(bench.calls).removeprefix("abc" * WARMUP)
+    assert {name: t.tolist() for name, t in times.items()} == {"a": [0.125] * 20, "b": [0.25] * 20, "c": [0.5] * 20}
+    calls = "".join(bench.calls).removeprefix("a" * WARMUP + "b" * WARMUP + "c" * WARMUP)
     turns = [calls[i : i + 6] for i in range(0, len(calls), 6)]
     assert len(turns) == 20 and all(sorted(t[::2]) == ["a", "b", "c"] and t[::2] == t[1::2] for t in turns)
     assert len(set(turns)) > 3  # nobody always follows the same one
+
+
+def test_what_takes_seconds_is_not_run_twice_in_a_turn():
+    bench = Bench(short=0.5, long=2.0)
+    times = interleave(bench.runs(), rounds=6, clock=bench.clock)
+    assert bench.calls.count("long") == 2 + 6 and bench.calls.count("short") == WARMUP + 2 * 6
+    assert times["long"].tolist() == [2.0] * 6
 
 
 @pytest.mark.parametrize(("cost", "seconds", "rounds"), [(0.5, 20, 18), (100, 20, 5), (1e-6, 20, 300)])

@@ -17,6 +17,7 @@ from .statistics import Interval, bootstrap_median_ratio
 
 WARMUP = 3
 LEAST_ROUNDS, MOST_ROUNDS = 5, 300
+LONG = 1.0  # seconds of a call that a cold cache or a spinning thread no longer changes
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def interleave(
 
     Each is called `WARMUP` times first, unrecorded. In a round each has its turn, in an order drawn from `seed`: it runs twice
     and the second is recorded, for the first meets a cache full of another model and threads that still spin for it, which is
-    not how a model is used. Without `rounds`, there are as many as fit into `seconds` by the cost of the last warm-up, but 5
-    to 300.
+    not how a model is used. What takes longer than `LONG` is called twice first, and once in a turn. Without `rounds`, there
+    are as many as fit into `seconds` by the cost of the last warm-up, but 5 to 300.
     """
     names = list(runs)
 
@@ -55,9 +56,16 @@ def interleave(
         runs[name]()
         return clock() - start
 
-    warm = [sum(timed(name) for name in names) for _ in range(WARMUP)]
+    turn, warm = {}, {}
+    for name in names:
+        for call in range(WARMUP):
+            warm[name] = timed(name)
+            if call and warm[name] > LONG:
+                break
+        turn[name] = 1 if warm[name] > LONG else 2
     if rounds is None:
-        fit = math.floor((seconds / max(warm[-1], 1e-9) - WARMUP) / 2)
+        left = seconds - WARMUP * sum(warm.values())
+        fit = math.floor(left / max(sum(turn[name] * warm[name] for name in names), 1e-9))
         rounds = min(max(fit, LEAST_ROUNDS), MOST_ROUNDS)
     times: dict[str, list[float]] = {name: [] for name in names}
     order = np.random.default_rng(seed)
@@ -67,8 +75,7 @@ def interleave(
     try:
         for r in range(rounds):
             for i in order.permutation(len(names)):
-                runs[names[i]]()
-                times[names[i]].append(timed(names[i]))
+                times[names[i]].append([timed(names[i]) for _ in range(turn[names[i]])][-1])
             tick((r + 1) / rounds)
     finally:
         if collecting:

@@ -247,18 +247,17 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
     first, second = given.chunk(2) if len(given) > 1 else (given, given)
     low, high = first.aminmax(dim=0)
     one, other = (half[torch.randperm(len(half), generator=generator)[:ROWS].to(half.device)] for half in (first, second))
+    fits, truths = [one @ w.T for w in weights], [other @ w.T for w in weights]
+    size = sum(float((truth - truth.mean(0)).square().sum()) for truth in truths)
     tried = {}
     for alpha in ALPHAS if take else ALPHAS[:1]:
         divisor, centre = balance(low, high, alpha)
         scale, zero = x.grid(((low - centre) / divisor).amin(), ((high - centre) / divisor).amax())
-        error = size = 0.0
-        for w, layer in zip(weights, layers, strict=True):
-            seen = on_grid((one - centre) / divisor, scale, zero, x.high)
-            rounded = solve(w * divisor, seen, one @ w.T, layer.quant_w)
-            got = on_grid((other - centre) / divisor, scale, zero, x.high) @ rounded.T
-            off, full = got - other @ w.T, other @ w.T
+        seen, new = (on_grid((half - centre) / divisor, scale, zero, x.high) for half in (one, other))
+        error = 0.0
+        for w, layer, fit, truth in zip(weights, layers, fits, truths, strict=True):
+            off = new @ solve(w * divisor, seen, fit, layer.quant_w).T - truth
             error += float((off - off.mean(0)).square().sum())
-            size += float((full - full.mean(0)).square().sum())
         tried[alpha] = (error / max(size, 1e-12)) ** 0.5
     alpha = min(tried, key=lambda a: tried[a])
     error = tried[alpha]
@@ -267,10 +266,11 @@ def fit_layers(layers: list[Layer], wanted: Tensor, given: Tensor, take: Take | 
     scale, zero = x.grid(((low - centre) / divisor).amin(), ((high - centre) / divisor).amax())
     if take:
         take(divisor, centre)
+    seen = on_grid((given - centre) / divisor, scale, zero, x.high)
     for w, layer in zip(weights, layers, strict=True):
         assert isinstance(layer.quant_x, Quantizer)
         layer.quant_x.set(scale, zero)
-        seen, target = on_grid((given - centre) / divisor, scale, zero, x.high), wanted @ w.T
+        target = wanted @ w.T
         rounded = solve(w * divisor, seen, target, layer.quant_w)
         layer.weight.copy_(rounded.reshape(layer.weight.shape))
         layer.bias.add_(target.mean(0) - rounded @ seen.mean(0))  # pyright: ignore[reportOptionalMemberAccess]
@@ -289,7 +289,7 @@ def balance(low: Tensor, high: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def on_grid(x: Tensor, scale: Tensor, zero: Tensor, high: int) -> Tensor:
-    return ((x / scale).round() + zero).clamp(0, high).sub(zero).mul(scale)
+    return (x / scale).round_().add_(zero).clamp_(0, high).sub_(zero).mul_(scale)
 
 
 def solve(w: Tensor, seen: Tensor, target: Tensor, quantizer: Quantizer) -> Tensor:
@@ -301,6 +301,6 @@ def solve(w: Tensor, seen: Tensor, target: Tensor, quantizer: Quantizer) -> Tens
     gram = x.T @ x / len(x)
     held = gram + torch.diag((RIDGE * gram.diagonal().mean()).expand(len(gram)))
     if float(held.diagonal().amax()) > 0:
-        w = w + torch.linalg.solve(held, (y.T @ x / len(x) - w @ gram).T).T
+        w = w + torch.cholesky_solve((y.T @ x / len(x) - w @ gram).T, torch.linalg.cholesky(held)).T
     quantizer.set(*quantizer.grid(*w.aminmax(dim=1)))
     return second_order_rounding(w, gram, quantizer)
