@@ -52,7 +52,7 @@ def test_rounds_fit_the_time(cost, seconds, rounds):
 
 
 def test_latencies_are_per_image_and_paired(monkeypatch):
-    bench = Bench(slow=itertools.cycle([8.0, 8.0, 16.0, 16.0]), fast=itertools.cycle([2.0, 2.0, 4.0, 4.0]))
+    bench = Bench(slow=itertools.cycle([0.5, 0.5, 1.0, 1.0]), fast=itertools.cycle([0.125, 0.125, 0.25, 0.25]))
     seen = []
 
     def call(name):
@@ -67,7 +67,7 @@ def test_latencies_are_per_image_and_paired(monkeypatch):
     assert set(seen) == {(1, 1, 2, 2), (8, 1, 2, 2)}  # three images are repeated to make eight
     one, eight = found["fast"]
     assert one.batch == 1 and eight.batch == 8
-    assert np.median(one.samples) == one.median == 3000.0
+    assert np.median(one.samples) == one.median == 187.5
     assert eight.median == one.median / 8
     assert one.ratio is not None and one.ratio.value == 4.0 and one.ratio.low == one.ratio.high == 4.0
     assert found["slow"][0].ratio is None
