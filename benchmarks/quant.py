@@ -192,6 +192,7 @@ def measure(model: nn.Module, images: Tensor, x: Tensor, y: Tensor | None, a: ar
                 seconds, got = time.perf_counter() - began, outputs(run, x)
                 off = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
                 row: dict[str, Any] = {"error": off.mean().item(), "worst": off.max().item(), "seconds": seconds}
+                row |= {"threads": a.threads, "instructions": describe()["instructions"], "date": time.strftime("%Y-%m-%d")}
                 if y is None:
                     row["neighbours"] = (neighbours(got) == neighbours(wanted)).float().mean().item()
                 else:
@@ -200,8 +201,7 @@ def measure(model: nn.Module, images: Tensor, x: Tensor, y: Tensor | None, a: ar
                     row |= {"accuracy": after.float().mean().item(), "difference": [d.value, d.low, d.high]}
                 kept["rows"][name] = row
             print(name, kept["rows"][name], flush=True)
-            kept |= {"images": len(x), "calibration": len(images), "threads": a.threads, "machine": describe()}
-            kept["date"] = time.strftime("%Y-%m-%d")
+            kept |= {"images": len(x), "calibration": len(images), "machine": describe()}
             path.write_text(json.dumps(kept, indent=1) + "\n")
     show(kept)
     plot(kept, a.what)
@@ -283,7 +283,8 @@ def speed(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) ->
         f"{proof.images} test images, {proof.threads} threads, {proof.machine.get('cpu', '')}, {proof.date}, seed {proof.seed}"
     )
     content = {"stamp": stamp, "machine": proof.machine, "rows": rows}
-    (DOCS / "results" / "quant-speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    best = proof.machine["instructions"][-1]
+    (DOCS / "results" / f"quant-speed-{best}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"\n{stamp}\n\n| | error | b1, ms | b16, ms an image | × b16 |\n|---|---|---|---|---|")
     for r in rows:
         b1, b16 = r["ms"][0], r["ms"][1]

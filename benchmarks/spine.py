@@ -4,7 +4,8 @@
     python benchmarks/spine.py deit                                              # speed of DeiT-S/16 at 224, random weights
     python benchmarks/spine.py dinov2 --weights W.safetensors --photos FOLDER     # feature error of each step on real photographs
 
-Needs `pip install -e ".[bench]"`. Writes docs/results/<name>.json and prints the table as Markdown.
+Needs `pip install -e ".[bench]"`. Writes docs/results/<name>.json, with the processor's best
+instructions in the name where speed is measured, and prints the table as Markdown.
 """
 
 from __future__ import annotations
@@ -110,15 +111,17 @@ def field(
 
     bf16 is compared where the processor multiplies it: where it is emulated it takes ten times as long as fp32.
     """
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     tome = vt.slim(model, vt.tokens.ToMe(r=r))
     ship_all(model, [folder / "original.onnx", folder / "original.xml"], example=images[:16])
     models: dict[str, Any] = {
         "timm fp32 eager": model,
-        **({"timm bf16 autocast": Bf16(model)} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {}),
+        **({"timm bf16 autocast": Bf16(model)} if bf16 else {}),
         f"ToMe r={r}, eager": tome,
         "ONNX Runtime fp32": onnxruntime(folder / "original.onnx", "ONNX Runtime fp32", threads),
         "ONNX Runtime int8 dynamic": onnxruntime_int8(folder / "original.onnx", threads),
         "OpenVINO fp32": vt.Runtime(folder / "original.xml", threads=threads),
+        **({"OpenVINO bf16": vt.Runtime(folder / "original.xml", threads=threads, precision="bf16")} if bf16 else {}),
         "OpenVINO int8 by NNCF": nncf_int8(folder / "original.xml", images, threads),
     }
     for i, (name, steps) in enumerate(recipes.items()):
@@ -126,12 +129,14 @@ def field(
         for shipment in ship_all(small, [folder / f"{i}.onnx", folder / f"{i}.xml"], example=images[:16]):
             runtime = vt.Runtime(shipment.path, threads=threads)
             models[f"Vitreous {name}, {runtime.engine}"] = runtime
+        if bf16:
+            models[f"Vitreous {name}, OpenVINO bf16"] = vt.Runtime(folder / f"{i}.xml", threads=threads, precision="bf16")
     return models
 
 
 def show(proof: Proof, name: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    proof.save(RESULTS / f"{name}.json")
+    proof.save(RESULTS / f"{name}-{proof.machine['instructions'][-1]}.json")  # speed is the processor's
     batches = proof.batches
     head = ["model", "accuracy %", "Δ points [95 %]", *(f"b{b} ms/image" for b in batches), *(f"b{b} ×" for b in batches), "MB"]
     where = f"{proof.threads} threads, {proof.machine.get('cpu', '')}, {proof.date}, seed {proof.seed}"
@@ -167,6 +172,7 @@ def deit(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], N
     images = torch.randn(32, 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
     recipes: dict[str, list[vt.Step]] = {
         "RepQ W8A8": [vt.quant.RepQ()],
+        "EViT 0.7": [vt.tokens.EViT(keep=0.7)],
         "EViT 0.7 + RepQ W8A8": [vt.tokens.EViT(keep=0.7), vt.quant.RepQ()],
         "EViT 0.5 + RepQ W8A8": [vt.tokens.EViT(keep=0.5), vt.quant.RepQ()],
         "EViT 0.2 in block 0, 0.5 in block 6 + RepQ W8A8": [

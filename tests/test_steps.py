@@ -167,6 +167,15 @@ class TestFiles:
         with pytest.raises(vt.VitreousError, match="do not fit"):
             vt.open("vit_tiny_patch16_224", checkpoint=tmp_path / "w.pt", img_size=64, **(small | {"embed_dim": 64}))
 
+    def test_position_of_a_class_token_that_comes_last_is_not_resampled(self, tmp_path: Path) -> None:
+        small = dict(embed_dim=32, depth=1, num_heads=2, patch_size=8, num_classes=3)
+        model = vt.open("illama_tiny", img_size=32, **small)
+        torch.save(model.state_dict(), tmp_path / "w.pt")
+        large = vt.open("illama_tiny", checkpoint=tmp_path / "w.pt", img_size=64, **small)
+        assert large.pos_embed.shape == (1, 65, 32) and torch.equal(large.pos_embed[:, -1], model.pos_embed[:, -1])
+        quarter = large.pos_embed[0, :-1].reshape(4, 2, 4, 2, 32).mean((1, 3)).flatten(0, 1)
+        assert (quarter - model.pos_embed[0, :-1]).norm() < 0.3 * quarter.norm()
+
     def test_bundled_model_round_trip(self, tmp_path: Path) -> None:
         model = vt.open()
         small = slim(model, make_step("EViT"))

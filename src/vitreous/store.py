@@ -113,7 +113,9 @@ def _resample_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
     prefix = own.shape[1] - grid[0] * grid[1]
     if given.shape[2] != own.shape[2] or math.isqrt(given.shape[1] - prefix) ** 2 != given.shape[1] - prefix:
         return state  # another model: told by its shape
-    return {**state, "pos_embed": resample_abs_pos_embed(given, list(grid), num_prefix_tokens=prefix)}
+    last = prefix if getattr(model, "num_prefix_tokens", prefix) == 0 else 0  # iLLaMA's class token comes last
+    sized = resample_abs_pos_embed(given.roll(last, 1), list(grid), num_prefix_tokens=prefix)
+    return {**state, "pos_embed": sized.roll(-last, 1)}
 
 
 def _fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
