@@ -39,6 +39,7 @@ from torchvision.transforms import functional as TF
 
 import vitreous as vt
 from vitreous.data.fashion import fashion_arrays
+from vitreous.processor import multiplies_bf16, saturates
 from vitreous.prove.machine import describe
 from vitreous.prove.statistics import paired_difference
 from vitreous.ship import ship, ship_all
@@ -124,7 +125,8 @@ def onnxruntime_static(path: Path, images: Tensor, threads: int, reduce_range: b
     )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(target, options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
@@ -268,10 +270,16 @@ def speed(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) ->
             ship_all(net, [file.with_suffix(".onnx"), file.with_suffix(".xml")], example=images[:8])
             run[f"{what}, ONNX Runtime"] = vt.Runtime(file.with_suffix(".onnx"), threads=a.threads)
             run[f"{what}, OpenVINO"] = vt.Runtime(file.with_suffix(".xml"), threads=a.threads, precision="f32")
-        run["NNCF int8, OpenVINO"] = nncf_int8(folder / "float.onnx", images, a.threads)
-        run["NNCF int8, overflow_fix, OpenVINO"] = nncf_int8(folder / "float.onnx", images, a.threads, True)
-        run["ONNX Runtime's static int8"] = onnxruntime_static(folder / "float.onnx", images, a.threads)
-        run["ONNX Runtime's static int8, reduce_range"] = onnxruntime_static(folder / "float.onnx", images, a.threads, True)
+            if multiplies_bf16():
+                run[f"{what}, OpenVINO, rest in bf16"] = vt.Runtime(file.with_suffix(".xml"), threads=a.threads, precision="bf16")
+        original = folder / "float.onnx"
+        run["NNCF int8, OpenVINO"] = nncf_int8(original, images, a.threads)
+        run["ONNX Runtime's static int8"] = onnxruntime_static(original, images, a.threads)
+        if multiplies_bf16():
+            run["NNCF int8, OpenVINO, rest in bf16"] = nncf_int8(original, images, a.threads, precision="bf16")
+        if saturates():
+            run["NNCF int8, overflow_fix, OpenVINO"] = nncf_int8(original, images, a.threads, True)
+            run["ONNX Runtime's static int8, reduce_range"] = onnxruntime_static(original, images, a.threads, True)
         compiled = torch.compile(torchao_int8(model, True))
         run["torchao int8 dynamic, compiled"] = lambda x: compiled(x)  # no module: looking into it takes minutes
         proof = vt.prove(run, (x, None), batches=(1, 16), seconds=a.seconds, threads=a.threads, seed=a.seed)

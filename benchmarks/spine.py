@@ -24,6 +24,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import vitreous as vt
+from vitreous.processor import multiplies_bf16
 from vitreous.prove import Proof
 from vitreous.ship import ship_all
 from vitreous.ship.runtime import files
@@ -67,10 +68,10 @@ def onnxruntime_int8(path: Path, threads: int) -> Peer:
     return onnxruntime(target, "ONNX Runtime int8 dynamic", threads)
 
 
-def nncf_int8(path: Path, images: Tensor, threads: int, fix_overflow: bool = False) -> Peer:
+def nncf_int8(path: Path, images: Tensor, threads: int, fix_overflow: bool = False, precision: str = "f32") -> Peer:
     """NNCF's post-training quantization with its transformer preset, on the same calibration images.
 
-    fix_overflow: keep weights to 7 bits, for processors without VNNI.
+    fix_overflow: keep weights to 7 bits, for processors without VNNI. precision: of what is not integers.
     """
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
@@ -86,7 +87,7 @@ def nncf_int8(path: Path, images: Tensor, threads: int, fix_overflow: bool = Fal
     )
     target = path.with_name(f"nncf{'-fixed' * fix_overflow}.xml")
     ov.save_model(model, target, compress_to_fp16=False)
-    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
     compiled = ov.Core().compile_model(target, "CPU", config)
     return Peer("OpenVINO int8 by NNCF", lambda x: compiled(x)[0], size_of(target))
 
@@ -111,7 +112,7 @@ def field(
 
     bf16 is compared where the processor multiplies it: where it is emulated it takes ten times as long as fp32.
     """
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = multiplies_bf16()
     tome = vt.slim(model, vt.tokens.ToMe(r=r))
     ship_all(model, [folder / "original.onnx", folder / "original.xml"], example=images[:16])
     models: dict[str, Any] = {

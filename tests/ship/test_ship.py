@@ -201,6 +201,53 @@ def test_onnx_runtime_runs_integers_without_overflow(tmp_path: Path, batch: int 
     assert made.parity.mean < 1e-2
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_balance_behind_a_gelu_costs_openvino_nothing(tmp_path: Path, sign: int) -> None:
+    class Balanced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(16, 64), nn.Linear(64, 8)
+            self.factor, self.offset = sign * (torch.rand(64) + 0.5), torch.randn(64)
+            self.input = FakeQuantize(torch.tensor([-4.0, 6.0]))
+
+        def forward(self, images: Tensor) -> Tensor:
+            hidden = F.gelu(self.first(images.flatten(2))) * self.factor + self.offset
+            return self.second(self.input(hidden)).mean(1)
+
+    made = ship(
+        Balanced().eval(), tmp_path / "b.xml", example=torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    )
+    graph = openvino.Core().read_model(made.path)
+    (quantized,) = (op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize")
+    above = quantized.input_value(0).get_node().get_type_name()
+    assert above == ("Gelu" if sign == 1 else "Add")  # a falling range cannot be written
+    assert made.parity.mean < 1e-3
+
+
+@pytest.mark.parametrize("given", ["nothing", "scale", "bias", "mask", "causal"])
+def test_attention_ships_as_it_is_written(tmp_path: Path, given: str) -> None:
+    class Attention(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:  # [B, 3 heads, 8 tokens, 8]
+            other = images.flip(2)
+            bias = torch.linspace(-2, 2, 64).reshape(8, 8)
+            more = {
+                "nothing": {},
+                "scale": {"scale": 2.0},
+                "bias": {"attn_mask": bias},
+                "mask": {"attn_mask": torch.arange(64).reshape(8, 8) % 3 > 0},
+                "causal": {"is_causal": True},
+            }[given]
+            return F.scaled_dot_product_attention(images, other, images, **more).flatten(1)
+
+    for ending in (".onnx", ".xml"):
+        made = ship(Attention(), tmp_path / f"{given}{ending}", example=torch.randn(4, 3, 8, 8))
+        assert made.parity.worst < 1e-5
+    ops = [node.op_type for node in onnx.load(tmp_path / f"{given}.onnx").graph.node]
+    if given in ("nothing", "scale", "bias"):  # no reshaping around the transpose, and one scale
+        assert ops.count("Transpose") == 1 and ops.count("Mul") == 1 and "Reshape" not in ops[:-1]
+
+
 def test_fewer_bits_keep_their_range(tmp_path: Path) -> None:
     class Narrow(nn.Module):
         def forward(self, images: Tensor) -> Tensor:

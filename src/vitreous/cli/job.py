@@ -16,6 +16,7 @@ from .. import quant, see, store, tokens
 from ..anatomy import read
 from ..data import Data, calibration, open_data
 from ..errors import VitreousError
+from ..processor import multiplies_bf16
 from ..prove import Picture, Proof, interleave, prove, write_report
 from ..ship import Runtime, ship_all
 from ..steps import Recipe, history_of, slim
@@ -137,7 +138,7 @@ class Job:
                 self.notes.append(f"{option} was not shipped: {reason}")
                 continue
             for path in paths:
-                precision = self._float_precision() if path.suffix == ".xml" else None
+                precision = "bf16" if path.suffix == ".xml" and multiplies_bf16() else None
                 runtime = Runtime(path, threads=self.threads, precision=precision)
                 candidates[f"{option} in {runtime.engine}"] = option, path, precision, runtime
         x = data.tensor(np.arange(64) % len(data))
@@ -183,10 +184,6 @@ class Job:
                 right += int((model(x).argmax(1) == torch.as_tensor(y)).sum())
                 n += len(x)
         return right / n
-
-    def _float_precision(self) -> str | None:
-        """bf16 where the processor multiplies it, else float32."""
-        return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
     # ---- pictures of the report
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..anatomy import read
 from ..blocks import PlainBlock, plain_blocks
 from ..errors import VitreousError
+from ..processor import saturates
 from ..steps import Step
 from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
 
@@ -124,15 +124,6 @@ class PostTraining(Step):
         else:
             operands |= {"v": nn.Identity(), "probs": nn.Identity()}
         return nn.ModuleDict(operands)
-
-
-def saturates() -> bool:
-    """Whether int8 kernels may overflow on this machine: x86 without VNNI and AMX."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.9
-    exact = any(known.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-    return not (exact or torch.cpu._is_vnni_supported())
 
 
 def attention_blocks(model: nn.Module) -> list[PlainBlock]:

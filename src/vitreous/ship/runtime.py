@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitreousError
+from ..processor import saturates
 from .packed import reader
 
 PRECISIONS = ("f32", "bf16", "f16")
@@ -143,8 +144,8 @@ class Runtime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
-        # Without VNNI the fast kernel adds pairs of products in 16 bits and overflows; this one is exact.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if saturates():  # the fast kernel adds pairs of products in 16 bits; this one is exact, and slower with VNNI
+            options.add_session_config_entry("session.x64quantprecision", "1")
         # Threads that wait for work must not keep a core from whoever is measured next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as folder:

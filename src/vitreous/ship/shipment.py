@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from ..errors import VitreousError
 from .export import is_quantized, quiet, to_onnx, trace
 from .packed import pack, reader
 from .runtime import Runtime, files
+
+if TYPE_CHECKING:
+    import openvino
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
 FLOAT_TOLERANCE = 1e-3
@@ -230,6 +235,7 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
         core = openvino.Core()
         core.add_extension(reader())
         graph = core.read_model(model.SerializeToString())
+        _balance_by_ranges(graph)
         # Where there is VNNI it would round the activations that meet packed weights to 8 bits.
         graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         openvino.save_model(graph, path, compress_to_fp16=False)
@@ -237,6 +243,31 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = str(error).strip().splitlines()[-1]
         raise VitreousError(f"{path.name} cannot be written with {free:.1f} MB free on the disk: {reason}") from error
+
+
+def _balance_by_ranges(graph: openvino.Model) -> None:
+    """Put a factor and an offset of each channel, between a GELU and its quantization, into the ranges of that.
+
+    OpenVINO then computes all of it at the end of the product before; behind a LayerNorm it would get the ranges wrong.
+    """
+    from openvino import opset13
+
+    for quantize in [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize"]:
+        ops = [quantize]
+        for above in ("Add", "Multiply", "Gelu"):
+            ops.append(ops[-1].input_value(0).get_node())
+            if ops[-1].get_type_name() != above:
+                break
+        else:
+            _, add, multiply, gelu = ops
+            values = (multiply.input_value(1), add.input_value(1), quantize.input_value(1), quantize.input_value(2))
+            factor, offset, low, high = (getattr(value.get_node(), "data", np.zeros(1)) for value in values)
+            if factor.ndim == 1 and (factor > 0).all():
+                shape = (*[1] * (gelu.output(0).get_partial_shape().rank.get_length() - 1), -1)
+                ranges = [((end - offset) / factor).astype("float32").reshape(shape) for end in (low, high)]
+                levels, out = quantize.get_attributes()["levels"], quantize.input_values()[3:]
+                whole = opset13.fake_quantize(gelu, *map(opset13.constant, ranges), *out, levels)
+                quantize.output(0).replace(whole.output(0))
 
 
 def _reloaded(path: Path) -> nn.Module:
