@@ -5,6 +5,7 @@
     python benchmarks/quant.py bundled --data /usr/share/datasets/fashion-mnist # accuracy of the bundled model
     python benchmarks/quant.py cifar10 --weights W --head H --photos cifar10-jpeg   # of a ViT fine-tuned by tokens.py
     python benchmarks/quant.py agreement --weights W --data /usr/share/datasets/fashion-mnist   # runtimes against the simulated
+    python benchmarks/quant.py calibration --weights W --data /usr/share/datasets/fashion-mnist   # how long each method takes
     python benchmarks/quant.py speed --weights W --data /usr/share/datasets/fashion-mnist   # what runs in integers, and its peers
 
 What is measured is kept in docs/results/quant-<what>.json, method by method: a run that was stopped goes on, and `--only` names
@@ -258,6 +259,24 @@ def show(kept: dict[str, Any]) -> None:
             print(f"| {name} | {value(r)} | | | |")
 
 
+def calibration(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) -> None:
+    """Seconds that each method takes for the 32 images, at 8 and 4 bits, on a machine that does nothing else."""
+    path = DOCS / "results" / "quant-calibration.json"
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
+    for name, make in METHODS.items():
+        for w in (8, 4):
+            row = f"{name} W{w}A{w}"
+            unasked = row in kept["seconds"] or (a.only and not any(part in row for part in a.only))
+            if unasked or "products" in name or (w == 8 and "mixed" in name):
+                continue
+            began = time.perf_counter()
+            make(w, w).apply(model, images)
+            kept["seconds"][row] = time.perf_counter() - began
+            kept |= {"threads": a.threads, "machine": describe(), "date": time.strftime("%Y-%m-%d")}
+            path.write_text(json.dumps(kept, indent=1) + "\n")
+            print(f"{row}: {kept['seconds'][row]:.0f} s", flush=True)
+
+
 def speed(model: nn.Module, images: Tensor, x: Tensor, a: argparse.Namespace) -> None:
     """All that executes integers, ours and the peers', error and speed in one interleaved run."""
     made = {"Auto": q.Auto(), "MinMax": q.MinMax(), "WeightOnly 8": q.WeightOnly(8), "WeightOnly 4": q.WeightOnly(4)}
@@ -330,7 +349,7 @@ def dinov2(a: argparse.Namespace) -> nn.Module:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("dinov2", "photos", "bundled", "cifar10", "agreement", "speed"))
+    p.add_argument("what", choices=("dinov2", "photos", "bundled", "cifar10", "agreement", "calibration", "speed"))
     p.add_argument("--data", default=None, help="folder with Fashion-MNIST's IDX files")
     p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names")
     p.add_argument("--head", type=Path, help="its fine-tuned weights, as benchmarks/tokens.py keeps them")
@@ -343,12 +362,12 @@ def main() -> None:
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
-    if a.what in ("dinov2", "agreement", "speed"):
+    if a.what in ("dinov2", "agreement", "calibration", "speed"):
         model, images, x = dinov2(a), fashion_at_224("train", 32, a.data), fashion_at_224("test", a.test or 100, a.data)
         if a.what == "dinov2":
             measure(model, images, x, None, a)
         else:
-            {"agreement": agreement, "speed": speed}[a.what](model, images, x, a)
+            {"agreement": agreement, "calibration": calibration, "speed": speed}[a.what](model, images, x, a)
     elif a.what == "photos":
         model = dinov2(a)
         data = vt.data.open_data(a.photos, model, seed=a.seed)
