@@ -193,7 +193,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Div(total, op.ScatterElements(ones, index, counts, axis=dim, reduction="add"))
 
     def attention(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0, is_causal: bool = False, **rest: Any) -> Any:
-        # The exporter's own transposes through five operators and scales queries and keys: a tenth of a runtime's time.
+        # The exporter's own transposes through five operators and scales queries and keys, which runtimes do not undo.
         if is_causal or rest.get("enable_gqa") or (mask is not None and mask.dtype == onnx_ir.DataType.BOOL):
             return theirs.aten_scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, **rest)
         *outer, last, width = range(len(k.shape))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from onnx import ModelProto
 from torch import Tensor, nn
@@ -261,7 +260,9 @@ def _balance_by_ranges(graph: openvino.Model) -> None:
         else:
             _, add, multiply, gelu = ops
             values = (multiply.input_value(1), add.input_value(1), quantize.input_value(1), quantize.input_value(2))
-            factor, offset, low, high = (getattr(value.get_node(), "data", np.zeros(1)) for value in values)
+            if any(value.get_node().get_type_name() != "Constant" for value in values):
+                continue
+            factor, offset, low, high = (value.get_node().data for value in values)
             if factor.ndim == 1 and (factor > 0).all():
                 shape = (*[1] * (gelu.output(0).get_partial_shape().rank.get_length() - 1), -1)
                 ranges = [((end - offset) / factor).astype("float32").reshape(shape) for end in (low, high)]
