@@ -15,7 +15,7 @@ from ..steps import step
 from ..work import tick
 from .calibration import BATCH, SAMPLES, Watch
 from .fpcs import COARSE, fpcs, uniform, uniform_pairs
-from .layers import FLOOR, FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
+from .layers import FLOOR, FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers, straight_through
 from .posttraining import PostTraining, norm_readers
 from .reparameterization import channel_grids, reparameterize
 
@@ -108,7 +108,7 @@ class AdaLogQuantizer(FakeQuantizer):
         self.register_buffer("q", torch.tensor(R))
 
     def quantized(self, x: Tensor) -> Tensor:
-        return self.on_grid(x + self.shift, self.scale, self.q).to(x).detach() + (x - x.detach())
+        return straight_through(x, lambda x: self.on_grid(x + self.shift, self.scale, self.q).to(x))
 
     def on_grid(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:
         k = (x / scale).clamp_(1e-15, 1).log2_().mul_(-R / q).round_().clamp_(max=2**self.bits)

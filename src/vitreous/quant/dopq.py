@@ -11,7 +11,7 @@ from ..steps import step
 from ..work import tick
 from .calibration import Watch
 from .fpcs import fpcs
-from .layers import FakeQuantizer, Quantizer, QuantLinear
+from .layers import FakeQuantizer, Quantizer, QuantLinear, straight_through
 from .posttraining import PostTraining
 from .reparameterization import channel_grids, fit_reparameterized
 
@@ -75,7 +75,7 @@ class TanQ(FakeQuantizer):
         self.register_buffer("near_one", torch.ones(()))
 
     def quantized(self, x: Tensor) -> Tensor:
-        return self.on_grid(x, self.near_zero, self.near_one).to(x).detach() + (x - x.detach())
+        return straight_through(x, lambda x: self.on_grid(x, self.near_zero, self.near_one).to(x))
 
     def on_grid(self, x: Tensor, near_zero: Tensor, near_one: Tensor) -> Tensor:
         beta, last = near_zero.atan(), 2**self.bits - 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import VitreousError
 from ..steps import step
 from .calibration import Watch, set_grids, watch
-from .layers import FLOOR, FakeQuantizer, Quantizer, QuantLinear, quant_layers
+from .layers import FLOOR, FakeQuantizer, Quantizer, QuantLinear, quant_layers, straight_through
 from .posttraining import PostTraining, norm_readers
 from .reconstruction import bake, descend, in_floats, unchanged, walk
 from .reparameterization import channel_grids, reparameterize
@@ -37,11 +37,11 @@ class ShiftUniformLog2(FakeQuantizer):
             self.register_buffer(name, torch.ones(()))
 
     def quantized(self, x: Tensor) -> Tensor:
-        return self.on_grid(x).detach() + (x - x.detach())
+        return straight_through(x, self.on_grid)
 
     def on_grid(self, x: Tensor) -> Tensor:
-        q = ((torch.log2(x + self.shift) - self.low) / self.width).round().clamp(0, 2**self.bits - 1)
-        return torch.exp2((q * self.width + self.low).round()) - self.shift
+        q = torch.log2(x + self.shift).sub_(self.low).div_(self.width).round_().clamp_(0, 2**self.bits - 1)
+        return q.mul_(self.width).add_(self.low).round_().exp2_().sub_(self.shift)
 
     def cover(self, low: Tensor, high: Tensor, shift: float) -> None:
         """Use the shift η, and spread the steps from `low` to `high`."""
@@ -72,8 +72,10 @@ class ChannelWise(FakeQuantizer):
     def quantized(self, x: Tensor) -> Tensor:
         high = 2**self.bits - 1
         inside = x.clamp(-self.zero_point * self.scale, (high - self.zero_point) * self.scale)
-        q = ((inside / self.scale).round() + self.zero_point).clamp(0, high)
-        return inside + ((q - self.zero_point) * self.scale - inside).detach()
+        return straight_through(
+            inside,
+            lambda x: (x / self.scale).round().add_(self.zero_point).clamp_(0, high).sub_(self.zero_point).mul_(self.scale),
+        )
 
 
 @step("quant")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,22 @@ class FakeQuantizer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits"
+
+
+class StraightThrough(torch.autograd.Function):
+    """`apply(x, on_grid)` is `on_grid(x)`, with the gradient of x itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, on_grid: Callable[[Tensor], Tensor]) -> Tensor:
+        return on_grid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        return slopes[0], None
+
+
+def straight_through(x: Tensor, on_grid: Callable[[Tensor], Tensor]) -> Tensor:
+    return cast(Tensor, StraightThrough.apply(x, on_grid)) if x.requires_grad else on_grid(x)
 
 
 class Quantizer(FakeQuantizer):
@@ -103,7 +119,7 @@ class LogSqrt2(FakeQuantizer):
         self.register_buffer("scale", torch.ones(()))
 
     def quantized(self, x: Tensor) -> Tensor:
-        return self.on_grid(x, self.scale).detach() + (x - x.detach())
+        return straight_through(x, lambda x: self.on_grid(x, self.scale))
 
     def on_grid(self, x: Tensor, scale: Tensor) -> Tensor:
         last = 2**self.bits - 1

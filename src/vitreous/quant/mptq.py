@@ -13,7 +13,7 @@ from ..blocks import PlainBlock
 from ..steps import step
 from ..work import Work, tick, working
 from .calibration import watch
-from .layers import FLOOR, FakeQuantizer, Quantizer, QuantLinear, quant_layers
+from .layers import FLOOR, FakeQuantizer, Quantizer, QuantLinear, quant_layers, straight_through
 from .mse import COARSE, search_range, search_weight
 from .percentile import Histogram, histograms
 from .posttraining import PostTraining, Read, norm_readers
@@ -147,11 +147,14 @@ class TwoRegion(FakeQuantizer):
         fine = self.scale * torch.exp2(-self.ratio)
         top = fine * (self.last - self.zero_point)
         inside = x.clamp(-fine * self.zero_point, torch.maximum(self.scale * self.last, top))
-        small = ((inside / fine).round() + self.zero_point).clamp(0, self.last).sub(self.zero_point) * fine
         first = torch.floor(top / self.scale) + 1  # of the coarse levels above the fine ones
-        large = (inside / self.scale).round().clamp(min=first).clamp(max=self.last) * self.scale
-        on_grid = torch.where((large - inside).abs() < (small - inside).abs(), large, small)
-        return on_grid.detach() + (inside - inside.detach())
+
+        def nearest(x: Tensor) -> Tensor:
+            small = ((x / fine).round() + self.zero_point).clamp(0, self.last).sub(self.zero_point) * fine
+            large = (x / self.scale).round().clamp(min=first).clamp(max=self.last) * self.scale
+            return torch.where((large - x).abs() < (small - x).abs(), large, small)
+
+        return straight_through(inside, nearest)
 
     def levels(self, scale: Tensor, ratio: Tensor, zero_point: Tensor) -> Tensor:
         """All levels `[K, 2^bits]` of K grids, ascending; coarse ones that fine ones reach are their highest again."""
