@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import vitreous as vt
-from vitreous.see.ablation import without_each_head
+from vitreous.see.ablation import hot_blocks, without_each_head
 from vitreous.see.paths import MEASURES
 
 
@@ -57,10 +57,10 @@ def speed(a: argparse.Namespace) -> None:
         took, made = loop(model, batches, a.every, record=())
         seconds["quiet"].append(took)
         seconds["recording"].append(loop(model, batches, a.every)[0])
-        start, shared = time.perf_counter(), {}
+        start, shared, blocks = time.perf_counter(), {}, hot_blocks(model, anatomy)
         for x in batches:
             with torch.no_grad():
-                shared = dict(enumerate(without_each_head(model, x, anatomy, shared=True)[1]))
+                shared = dict(enumerate(without_each_head(model, x, anatomy, blocks)[1]))
         seconds["shared"].append(time.perf_counter() - start)
         worst = max(float((shared[i][h] - out).abs().max() / out.abs().max()) for (i, h), out in made.items())
     print(

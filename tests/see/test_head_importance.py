@@ -21,7 +21,8 @@ from vitreous.glass import glass
 from vitreous.prune import Heads
 from vitreous.prune.heads import importance
 from vitreous.quant import RepQ
-from vitreous.see.ablation import why_one_by_one, without_each_head
+from vitreous.see import hot
+from vitreous.see.ablation import hot_blocks, why_one_by_one, without_each_head
 from vitreous.see.head_importance import kendall
 from vitreous.see.stream import Means, interval
 from vitreous.steps import slim
@@ -68,7 +69,7 @@ def test_every_ablation_is_that_of_the_naive_loop(name: str, images: Tensor) -> 
     model = make()
     anatomy = read(model)
     assert (why_one_by_one(model, anatomy) == "") == shared
-    whole, found = without_each_head(model, images, anatomy, shared)
+    whole, found = without_each_head(model, images, anatomy, hot_blocks(model, anatomy) if shared else None)
     with torch.no_grad():
         torch.testing.assert_close(whole, model(images))
     assert len(found) == len(anatomy.blocks)
@@ -87,11 +88,34 @@ def test_the_prefix_is_shared(images: Tensor) -> None:
         return lambda _, args, __: seen.__setitem__(i, seen[i] + args[0].shape[0] * args[0].shape[1])
 
     handles = [block.mlp.register_forward_hook(count(i)) for i, block in enumerate(model.blocks)]
-    without_each_head(model, images, anatomy, True)
+    without_each_head(model, images, anatomy, hot_blocks(model, anatomy))
     for handle in handles:
         handle.remove()
     tokens, copies = 17 * 6, 3
     assert seen == [tokens * (1 + copies * (i + 1)) for i in range(3)] + [tokens + 6 * copies * 4]
+
+
+def test_hot_blocks_run_in_openvino_and_say_the_same(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = small_vit()
+    anatomy = read(model)
+    cool = without_each_head(model, images, anatomy, hot_blocks(model, anatomy))[1]
+    monkeypatch.setattr(hot, "HOT", 1)
+    blocks = hot_blocks(model, anatomy)
+    found = without_each_head(model, images, anatomy, blocks)[1]
+    assert [fast.run is fast.block for fast in blocks] == [True, False, False, True]  # of 0 and 3 no copy runs the whole
+    for a, b in zip(found, cool, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_without_translation_stay_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) if input.sum() > 0 else input
+
+    monkeypatch.setattr(hot, "HOT", 1)
+    for block, x in [(Odd(4, 4), torch.ones(2, 3, 4)), (nn.Linear(4, 4).double(), torch.ones(2, 3, 4).double())]:
+        fast = hot.Hot(block)
+        assert torch.equal(fast(x), block(x)) and fast.run is block
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, branch, emit, project
 from ..glass import glass
+from .hot import Hot
 from .patches import run
 from .tail import Trunk, trunk, why_no_trunk
 
@@ -31,19 +32,23 @@ def why_one_by_one(model: nn.Module, anatomy: Anatomy) -> str:
     return ""
 
 
-def without_each_head(model: nn.Module, x: Tensor, anatomy: Anatomy, shared: bool) -> tuple[Tensor, list[Tensor]]:
+def hot_blocks(model: nn.Module, anatomy: Anatomy) -> list[Hot]:
+    return [Hot(model.get_submodule(b.name)) for b in anatomy.blocks]
+
+
+def without_each_head(model: nn.Module, x: Tensor, anatomy: Anatomy, blocks: Sequence[Hot] | None) -> tuple[Tensor, list[Tensor]]:
     """Outputs `[B, K]` for images `x` `[B, C, H, W]`, and for each block those with one of its heads removed, `[heads, B, K]`.
 
-    With `shared`, all heads of a block reuse the stream that enters it and its attention; each head's part of the output
+    With its `hot_blocks`, all heads of a block reuse the stream that enters it and its attention; each head's part of the output
     projection is subtracted, and the copies run together through the blocks after. Where the classifier reads a few tokens
     only, the last block is computed for those. `model` is in eval mode. Without, or where the model does something of its own
     between blocks, one pass a head under `glass`.
     """
     with torch.no_grad():
-        if shared:
+        if blocks is not None:
             with trunk(model, x, anatomy) as found:
                 if found is not None:
-                    return found.out, [_outputs(model, anatomy, found, i) for i in range(len(anatomy.blocks))]
+                    return found.out, [_outputs(model, anatomy, found, i, blocks) for i in range(len(anatomy.blocks))]
         return run(model, x), list(_one_by_one(model, x, anatomy))
 
 
@@ -60,7 +65,7 @@ def _one_by_one(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Tenso
         yield torch.stack(outputs)
 
 
-def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int) -> Tensor:
+def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int, hot: Sequence[Hot]) -> Tensor:
     blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
     attn = cast(Any, blocks[i]).attn
     entering, last = found.stream[i], i == len(blocks) - 1
@@ -72,7 +77,7 @@ def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int) -> Tensor
         copies = middle[:, :tokens] - branch(blocks[i], 1, _shares(blocks[i], x, tokens))  # [heads, b, tokens, C]
         y = copies.flatten(0, 1)
         y = y + branch(blocks[i], 2, cast(Any, blocks[i]).mlp(cast(Any, blocks[i]).norm2(y)))
-        for block in blocks[i + 1 : -1]:
+        for block in hot[i + 1 : -1]:
             y = block(y)
         if not last:
             y = _read_out(blocks[-1], y, found.reads)

@@ -15,7 +15,8 @@ from ..anatomy import Anatomy, read
 from ..errors import VitreousError, nearest
 from ..glass import glass
 from ..work import tick
-from .ablation import why_one_by_one, without_each_head
+from .ablation import hot_blocks, why_one_by_one, without_each_head
+from .hot import Hot
 from .patches import run, still
 from .stream import Images, Means, batches, interval, side_by_side
 
@@ -86,7 +87,8 @@ def head_importance(
     direction, one for each image.
 
     Removing a head zeroes what it gives before the output projection. All heads of a block share what comes before them, in
-    models of plain blocks that keep all their tokens, unquantized; others take one pass a head (`shared`, `why_not`).
+    models of plain blocks that keep all their tokens, unquantized; others take one pass a head (`shared`, `why_not`). Blocks
+    that are needed often enough run in OpenVINO.
 
     Args:
         images: `[N, C, H, W]`, or a data set of `vt.data`, whose labels are used; `labels` `[N]` go with a tensor.
@@ -108,9 +110,10 @@ def head_importance(
         raise VitreousError(f"see.head_importance needs at least one of {', '.join(possible)}")
     why_not = why_one_by_one(model, anatomy)
     means, directions = Means(seed), torch.Generator().manual_seed(seed)
+    blocks = None if why_not else hot_blocks(model, anatomy)
     with still(model):
         for x, y in batches(images, labels, batch, model):
-            found = _measure(model, x, y if classes else None, anatomy, chosen, classes, not why_not, directions)
+            found = _measure(model, x, y if classes else None, anatomy, chosen, classes, blocks, directions)
             means.add(torch.stack([found[m] for m in chosen], 1))
             tick(min(1.0, means.n / len(images)))
     values, drawn = means.mean(), means.resamples()
@@ -139,7 +142,7 @@ def _measure(
     anatomy: Anatomy,
     metrics: Sequence[str],
     classes: bool,
-    shared: bool,
+    blocks: Sequence[Hot] | None,
     directions: torch.Generator,
 ) -> dict[str, Tensor]:
     """For each metric `[B, layers, heads]`, NaN where there is no head."""
@@ -147,7 +150,7 @@ def _measure(
     if set(metrics) & set(GRADIENTS):
         found |= _gradients(model, x, y, anatomy, classes, directions)
     if set(metrics) & set(ABLATED):
-        out, removed = without_each_head(model, x, anatomy, shared)
+        out, removed = without_each_head(model, x, anatomy, blocks)
         y = out.argmax(1) if y is None and classes else y
         layers = [_lost(out, without, y) for without in removed]
         found |= {m: side_by_side([layer[m] for layer in layers]) for m in layers[0]}
