@@ -57,15 +57,19 @@ def small(a: argparse.Namespace, say: Callable[[str, float], None]) -> None:
     kept = read(a)
     known = {next(iter(row["variants"])): row["slug"] for row in listed("backbone") if row.get("variants")}
     names = a.models or list(known)
-    for i, name in enumerate(names):
-        say("models", i / len(names))
-        if name not in kept["small"] or a.again:
-            kept["small"][name] = {"system": known.get(name, ""), **measured(name, a)}
-            keep(kept)
+    torch.manual_seed(a.seed)
+    images = torch.randn(max(BATCHES), 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
+    with tempfile.TemporaryDirectory() as folder:
+        yardstick = ways("yardstick", vt.open(YARDSTICK), images, Path(folder), a)
+        for i, name in enumerate(names):
+            say("models", i / len(names))
+            if name not in kept["small"] or a.again:
+                kept["small"][name] = {"system": known.get(name, ""), **measured(name, yardstick, a)}
+                keep(kept)
     say("models", 1.0)
 
 
-def measured(name: str, a: argparse.Namespace) -> dict[str, Any]:
+def measured(name: str, yardstick: dict[str, Callable[[int], Any]], a: argparse.Namespace) -> dict[str, Any]:
     """One model beside the yardstick, both in torch and OpenVINO."""
     torch.manual_seed(a.seed)
     try:
@@ -74,12 +78,8 @@ def measured(name: str, a: argparse.Namespace) -> dict[str, Any]:
         images = torch.randn(max(BATCHES), *size, generator=torch.Generator().manual_seed(a.seed))
         found = cost(name, model, images)
         row: dict[str, Any] = {"size": size, "parameters": found.parameters, "macs": found.macs, "memory": found.memory}
-        yard = torch.randn(max(BATCHES), 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
         with tempfile.TemporaryDirectory() as folder:
-            calls = {
-                **ways("yardstick", vt.open(YARDSTICK), yard, Path(folder), a),
-                **ways("model", model, images, Path(folder), a),
-            }
+            calls = yardstick | ways("model", model, images, Path(folder), a)
             for batch in BATCHES:
                 times = timed({who: partial(call, batch) for who, call in calls.items()}, a.seconds)
                 for way in WAYS:

@@ -4,10 +4,10 @@
     python benchmarks/see.py faithfulness --weights W.safetensors --photos FOLDER          # DINOv2 ViT-S/14 at 224, photographs
     python benchmarks/see.py cost --weights W.safetensors --photos FOLDER                  # multiples of its forward pass
 
-`faithfulness` measures method by method and keeps what it has in docs/results/see-faithfulness-<model>.json: a run that was
-stopped goes on; `--only` names the methods to measure. What the sanity check found is written to src/vitreous/see/sanity.toml,
-from which every mark of a failed one comes. DINOv2 has no classes: it is explained by the squared norm of its features, and the
-curves are those of the cosine to the features of the whole photograph. `cost` interleaves all methods with the forward pass.
+`faithfulness` keeps what it measured in docs/results/see-faithfulness-<model>.json, and measures what is not there; `--only`
+names methods. What the sanity check found is written to src/vitreous/see/sanity.toml, from which every mark of a failed one
+comes. DINOv2 has no classes: it is explained by the squared norm of its features, and the curves are those of the cosine to the
+features of the whole photograph. `cost` interleaves all methods with the forward pass.
 Prints Markdown. Needs `pip install -e ".[see]"`.
 """
 
@@ -46,15 +46,14 @@ def faithfulness(a: argparse.Namespace, say: Say) -> None:
     images = data.tensor(range(len(data)))
     kept = RESULTS / f"see-faithfulness-{name}.json"
     rows: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    for method in a.only or vt.see.METHODS:
-        asked = {"images": len(images), "sanity_images": a.sanity_images, "steps": a.steps, "seed": a.seed}
-        if method in rows and asked.items() <= rows[method].items() and not a.again:
-            continue
-        explain = {method: vt.see.METHODS[method]}
+    asked = {"images": len(images), "sanity_images": a.sanity_images, "steps": a.steps, "seed": a.seed}
+    done = [m for m, row in rows.items() if asked.items() <= row.items() and not a.again]
+    if explain := {m: vt.see.METHODS[m] for m in a.only or vt.see.METHODS if m not in done}:
         found = vt.faithfulness(
             model, explain, images, steps=a.steps, sanity_images=a.sanity_images, seed=a.seed, progress=say
         ).to_dict()  # fmt: skip
-        rows[method] = {**found["rows"][0], **{k: v for k, v in found.items() if k != "rows"}, "data": data.name}
+        about = {k: v for k, v in found.items() if k != "rows"} | {"data": data.name}
+        rows |= {row["name"]: row | about for row in found["rows"]}
         kept.write_text(json.dumps(rows, indent=1) + "\n")
     write_sanity(name, rows)
     print_faithfulness({m: rows[m] for m in vt.see.METHODS if m in rows})
