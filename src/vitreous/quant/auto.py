@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from .posttraining import PostTraining, attention_blocks, give_bias
 from .reconstruction import Enough, chain, in_floats, record, unchanged
 
 IMAGES = 64  # images whose activations are held at a time; of more, the first
+AT_ONCE = 8  # images that run together
 PLACES = 6  # of which the inputs are held at a time; a place is what some layers read together
 ROWS = 2048  # tokens on which candidates are fitted, and as many on which they are compared
 ALPHAS = (0.0, 0.5, 0.75, 1.0)
@@ -125,12 +127,35 @@ def in_order(block: PlainBlock, floats: PlainBlock, f: Tensor, q: Tensor, why: d
     """
     layers = quant_layers(block)
     wanted, after_f = inputs(floats, list(layers), f)
-    for group in groups({name: layers[name] for name in wanted}):
-        given = inputs(block, group[:1], q, whole=False)[0]
-        together = [layers[name] for name in group]
-        said = fit_layers(together, wanted[group[0]], given[group[0]], taker(block, group[0], together))
-        why |= {f"{block.name}.{name}": said for name in group}
-    return after_f, inputs(block, [], q)[1]
+    with ExitStack() as until_then:
+        for group in groups({name: layers[name] for name in wanted}):
+            given = inputs(block, group[:1], q, whole=False)[0]
+            together = [layers[name] for name in group]
+            said = fit_layers(together, wanted[group[0]], given[group[0]], taker(block, group[0], together))
+            why |= {f"{block.name}.{name}": said for name in group}
+            # What is fitted runs once more; of attention all is when its projection is.
+            fitted = ["attn"] if group == ["attn.proj"] else [name for name in group if not name.startswith("attn.")]
+            for name in fitted:
+                until_then.enter_context(replayed(block.get_submodule(name), -(-len(q) // AT_ONCE)))
+        return after_f, inputs(block, [], q)[1]
+
+
+@contextmanager
+def replayed(module: nn.Module, batches: int) -> Iterator[None]:
+    """`module` runs on the first so many batches, and then gives the same again for each round of them."""
+    forward, kept, calls = module.forward, [], count()
+
+    def replay(*given: Any, **named: Any) -> Any:
+        i = next(calls) % batches
+        if i == len(kept):
+            kept.append(forward(*given, **named))
+        return kept[i]
+
+    module.forward = replay
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def at_once(model: nn.Module, floats: nn.Module, places: list[list[str]], images: Tensor, why: dict[str, str]) -> None:
@@ -172,7 +197,7 @@ def inputs(module: nn.Module, names: list[str], x: Tensor, whole: bool = True) -
         hooks.append(layer.register_forward_pre_hook(see))
     try:
         out = []
-        for batch in x.split(8):
+        for batch in x.split(AT_ONCE):
             with suppress(Enough):
                 out.append(module(batch))
     finally:
