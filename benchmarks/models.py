@@ -49,7 +49,7 @@ COMPLEXITY = {  # how the cost grows with the number of tokens, and a model of a
     "vig_gla_s": "linear",
     "msvmamba_tiny": "linear",
 }
-STAMPED = ("machine", "threads", "seconds", "seed")
+STAMPED = ("machine", "threads", "seed")
 
 
 def small(a: argparse.Namespace, say: Callable[[str, float], None]) -> None:
@@ -149,7 +149,7 @@ def sized(name: str, side: int, seed: int) -> nn.Module:
 
 def read(a: argparse.Namespace) -> dict[str, Any]:
     """What is kept so far, if it was measured as this run would."""
-    stamp = {"machine": describe(), "threads": a.threads, "seconds": a.seconds, "seed": a.seed}
+    stamp = {"machine": describe(), "threads": a.threads, "seed": a.seed}
     if not KEPT.exists():
         return {**stamp, "small": {}, "resolution": {}}
     kept: dict[str, Any] = json.loads(KEPT.read_text())
