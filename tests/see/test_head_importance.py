@@ -102,7 +102,8 @@ def test_hot_blocks_run_in_openvino_and_say_the_same(images: Tensor, monkeypatch
     monkeypatch.setattr(hot, "HOT", 1)
     blocks = hot_blocks(model, anatomy)
     found = without_each_head(model, images, anatomy, blocks)[1]
-    assert [fast.run is fast.block for fast in blocks] == [True, False, False, True]  # of 0 and 3 no copy runs the whole
+    assert [b.whole.run is b.whole.block for b in blocks] == [True, False, False, True]  # of 0 and 3 no copy runs the whole
+    assert all(b.rest.run is not b.rest.block for b in blocks)
     for a, b in zip(found, cool, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,31 @@ def why_one_by_one(model: nn.Module, anatomy: Anatomy) -> str:
     return ""
 
 
-def hot_blocks(model: nn.Module, anatomy: Anatomy) -> list[Hot]:
-    return [Hot(model.get_submodule(b.name)) for b in anatomy.blocks]
+class AfterAttention(nn.Module):
+    """What a plain block makes of the stream between its attention and its MLP."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, y: Tensor) -> Tensor:
+        block = cast(Any, self.block)
+        return y + branch(block, 2, block.mlp(block.norm2(y)))
 
 
-def without_each_head(model: nn.Module, x: Tensor, anatomy: Anatomy, blocks: Sequence[Hot] | None) -> tuple[Tensor, list[Tensor]]:
+class HotBlock(NamedTuple):
+    whole: Hot
+    rest: Hot
+
+
+def hot_blocks(model: nn.Module, anatomy: Anatomy) -> list[HotBlock]:
+    blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
+    return [HotBlock(Hot(block), Hot(AfterAttention(block))) for block in blocks]
+
+
+def without_each_head(
+    model: nn.Module, x: Tensor, anatomy: Anatomy, blocks: Sequence[HotBlock] | None
+) -> tuple[Tensor, list[Tensor]]:
     """Outputs `[B, K]` for images `x` `[B, C, H, W]`, and for each block those with one of its heads removed, `[heads, B, K]`.
 
     With its `hot_blocks`, all heads of a block reuse the stream that enters it and its attention; each head's part of the output
@@ -65,7 +85,7 @@ def _one_by_one(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Tenso
         yield torch.stack(outputs)
 
 
-def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int, hot: Sequence[Hot]) -> Tensor:
+def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int, hot: Sequence[HotBlock]) -> Tensor:
     blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
     attn = cast(Any, blocks[i]).attn
     entering, last = found.stream[i], i == len(blocks) - 1
@@ -75,13 +95,12 @@ def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int, hot: Sequ
     # The tail is run for all images at once, since it repeats what it keeps of them.
     for x, middle in zip(entering.split(group), found.middle[i].split(group)):
         copies = middle[:, :tokens] - branch(blocks[i], 1, _shares(blocks[i], x, tokens))  # [heads, b, tokens, C]
-        y = copies.flatten(0, 1)
-        y = y + branch(blocks[i], 2, cast(Any, blocks[i]).mlp(cast(Any, blocks[i]).norm2(y)))
+        y = hot[i].rest(copies.flatten(0, 1))
         for block in hot[i + 1 : -1]:
-            y = block(y)
+            y = block.whole(y)
         if not last:
             y = _read_out(blocks[-1], y, found.reads)
-        made.append(y.unflatten(0, (attn.num_heads, -1)))
+        made.append(y.unflatten(0, (attn.num_heads, -1)).clone())  # a hot block overwrites it
     out = found.tail(torch.cat(made, 1).flatten(0, 1))
     return out.unflatten(0, (attn.num_heads, -1))
 

@@ -15,8 +15,7 @@ from ..anatomy import Anatomy, read
 from ..errors import VitreousError, nearest
 from ..glass import glass
 from ..work import tick
-from .ablation import hot_blocks, why_one_by_one, without_each_head
-from .hot import Hot
+from .ablation import HotBlock, hot_blocks, why_one_by_one, without_each_head
 from .patches import run, still
 from .stream import Images, Means, batches, interval, side_by_side
 
@@ -142,7 +141,7 @@ def _measure(
     anatomy: Anatomy,
     metrics: Sequence[str],
     classes: bool,
-    blocks: Sequence[Hot] | None,
+    blocks: Sequence[HotBlock] | None,
     directions: torch.Generator,
 ) -> dict[str, Tensor]:
     """For each metric `[B, layers, heads]`, NaN where there is no head."""

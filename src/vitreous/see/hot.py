@@ -17,7 +17,8 @@ HOT = 1.5e11
 class Hot:
     """`block` as a function of streams `[B, N, C]`, for any B; once translated, the same to some 1e-6.
 
-    Where OpenVINO has nothing to offer (another device, another type than float32) or no translation, it stays in torch.
+    What it gives holds until it is called again. Where OpenVINO has nothing to offer (another device, another type than float32)
+    or no translation, it stays in torch.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -48,4 +49,4 @@ def translated(block: nn.Module, stream: Tensor) -> Callable[[Tensor], Tensor]:
         run = core.compile_model(core.read_model(graph), "CPU", settings)
     except (VitreousError, RuntimeError):  # OpenVINO's own errors are RuntimeErrors
         return block
-    return lambda x: torch.from_numpy(run(x.contiguous().numpy(), share_inputs=True)[0])
+    return lambda x: torch.from_numpy(run(x.contiguous().numpy(), share_inputs=True, share_outputs=True)[0])
