@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import VitreousError
@@ -42,6 +41,22 @@ def resample_position(table: Tensor, h: int, w: int) -> Tensor:
     token more than the grids have, so that rounding takes none away; the table of the same grid is resampled a little, too.
     """
     side = round(table.shape[1] ** 0.5)
-    square = table.mT.unflatten(2, (side, side))
-    factors = ((h + 0.1) / side, (w + 0.1) / side)
-    return F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).mT
+    rows, columns = (bicubic(n, side, side / (n + 0.1)).to(table) for n in (h, w))
+    square = table.unflatten(1, (side, side))
+    return torch.einsum("hi,bijc,wj->bhwc", rows, square, columns).flatten(1, 2)
+
+
+def bicubic(n: int, side: int, step: float) -> Tensor:
+    """The matrix `[n, side]` by which bicubic interpolation, `step` apart, makes n values of `side`.
+
+    Products with it are `F.interpolate(..., mode="bicubic")`. As an operator ONNX Runtime and OpenVINO leave it out where the
+    grid keeps its size, whatever the step.
+    """
+    at = (torch.arange(n) + 0.5) * step - 0.5
+    first, a, found = at.floor(), -0.75, torch.zeros(n, side)
+    for tap in range(-1, 3):
+        d = (at - first - tap).abs()
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        where = (first + tap).clamp(0, side - 1)[:, None] == torch.arange(side)
+        found = found + torch.where(d <= 1, near, far)[:, None] * where
+    return found
