@@ -11,7 +11,7 @@ from ..errors import VitreousError
 from ..ship.export import to_onnx, trace
 
 HOT = 1.5e11
-"""Multiply-accumulates after which a block is translated, which takes two seconds and saves a third to a half of the rest."""
+"""Multiply-accumulates after which a block is translated: some seconds of torch, about what translating takes."""
 
 
 class Hot:
