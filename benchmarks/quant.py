@@ -246,7 +246,9 @@ def show(kept: dict[str, Any]) -> None:
     shown = [r for r in kept["rows"].values() if "error" in r]
     accuracy, near = any("accuracy" in r for r in shown), any("neighbours" in r for r in shown)
     head = ["method", *(f"W{w}A{x}" for w, x in BITS), "calibration at W4A4, s"]
-    value = lambda r: f"{100 * r['accuracy']:.2f}" if accuracy else f"{r['error']:.3f}"
+    value = lambda r: f"{r['error']:.3f}"
+    if accuracy:  # points above the float model, with interval
+        value = lambda r: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * d for d in r["difference"]))
     if near:
         value = lambda r: f"{r['error']:.3f}, {100 * r['neighbours']:.0f} %"
     print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
