@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous.see.ablation import hot_blocks, without_each_head
+from vitreous.see.head_importance import PRECISIONS, kendall
 from vitreous.see.paths import MEASURES
 
 
@@ -51,27 +52,29 @@ def speed(a: argparse.Namespace) -> None:
     model = vit_s(a.size)
     anatomy = vt.read(model)
     batches = list(torch.randn(a.images, 3, a.size, a.size).split(a.batch))
-    seconds: dict[str, list[float]] = {"quiet": [], "recording": [], "shared": []}
-    worst = 0.0
+    seconds: dict[str, list[float]] = {"recording": [], "quiet": [], "f32": [], "bf16": []}
+    worst = {"f32": 0.0, "bf16": 0.0}
     for _ in range(a.rounds):
         took, made = loop(model, batches, a.every, record=())
         seconds["quiet"].append(took)
         seconds["recording"].append(loop(model, batches, a.every)[0])
-        start, shared, blocks = time.perf_counter(), {}, hot_blocks(model, anatomy)
-        for x in batches:
-            with torch.no_grad():
-                shared = dict(enumerate(without_each_head(model, x, anatomy, blocks)[1]))
-        seconds["shared"].append(time.perf_counter() - start)
-        worst = max(float((shared[i][h] - out).abs().max() / out.abs().max()) for (i, h), out in made.items())
+        for precision in worst:
+            start, shared, blocks = time.perf_counter(), [], hot_blocks(model, anatomy, precision)
+            for x in batches:
+                shared = without_each_head(model, x, anatomy, blocks)[1]
+            seconds[precision].append(time.perf_counter() - start)
+            off = max(float((shared[i][h] - out).abs().max() / out.abs().max()) for (i, h), out in made.items())
+            worst[precision] = max(worst[precision], off)
     print(
         f"\n{a.images} images at {a.size}, batch {a.batch}, {torch.get_num_threads()} threads, {a.rounds} rounds, every {a.every}"
     )
-    print("\n| | s, median | × |\n|---|---|---|")
+    print("\n| one pass a head | s, median | of that shared, f32 | shared, bf16 |\n|---|---|---|---|")
     for name, text in (("recording", "glass(model)"), ("quiet", "glass(model, record=())")):
-        ratio = np.median(np.array(seconds[name]) / seconds["shared"])
-        print(f"| one pass a head under `{text}` | {np.median(seconds[name]):.1f} | {ratio:.2f} |")
-    print(f"| shared prefix, batched copies | {np.median(seconds['shared']):.1f} | 1 |")
-    print(f"\nlargest difference of an output: {worst:.1e} of the largest")
+        ratios = [np.median(np.array(seconds[name]) / seconds[precision]) for precision in worst]
+        print(f"| under `{text}` | {np.median(seconds[name]):.1f} | {ratios[0]:.2f} × | {ratios[1]:.2f} × |")
+    for precision, off in worst.items():
+        took = np.median(seconds[precision])
+        print(f"\nshared prefix, batched copies, {precision}: {took:.1f} s; an output is off by {off:.1e} of the largest at most")
 
 
 class Noise:
@@ -170,6 +173,8 @@ def dinov2(a: argparse.Namespace) -> None:
         print(f"trend over layers: {name:.2f} ({low:.2f} to {high:.2f})")
     found = vt.see.artifacts(model, data)
     print("outliers by layer, %: " + ", ".join(f"{100 * s:.2f}" for s in found.norms[0]))
+    twice = [vt.see.head_importance(model, data, metrics=["output"], precision=p).values.ravel() for p in PRECISIONS]
+    print(f"Kendall's τ of the heads' order in f32 and bf16: {kendall(np.stack(twice))[0, 1]:.3f}")
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ def test_parquet_names_what_is_missing(
         (["--data", "nowhere"], "no data set and no folder"),
         (["--csv", "missing/folder/h.csv"], "there is no folder"),
         (["--limit", "0"], "limit"),
+        (["--precision", "f16"], "one of f32, bf16"),
         (["resnet10t", "--limit", "1"], "none in its blocks"),
     ],
 )

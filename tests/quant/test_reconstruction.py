@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitreous.quant import MinMax
 from vitreous.quant import reconstruction as module
 from vitreous.quant.layers import Quantizer, quant_layers
-from vitreous.quant.reconstruction import bake, descend, in_floats, keep_within, record, unchanged, units, walk
+from vitreous.quant.reconstruction import Faster, bake, descend, in_floats, keep_within, record, unchanged, units, walk
 from vitreous.steps import slim
 from vitreous.tokens import EViT
 from vitreous.work import Work, working
@@ -152,3 +152,19 @@ def test_baked_weights_change_nothing(small: nn.Module, images: Tensor) -> None:
         bake(small)
         assert torch.allclose(before, small(images), atol=1e-4)
     assert all(len(row.unique()) <= 16 for row in small.head.weight)
+
+
+@pytest.mark.parametrize("channels", (None, 8))
+def test_learning_quantizes_as_torch_does_and_with_its_gradients(channels: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    quantizer = Quantizer(4, channels=channels)
+    high = torch.rand(channels or (), generator=generator)
+    quantizer.set(*quantizer.grid(-high / 2, high))
+    x = torch.randn(8, 50, generator=generator, requires_grad=True)  # most of it is clipped, some is not
+    expected = quantizer(x)
+    with Faster():
+        learned = quantizer(x)
+    assert "OnGrid" in type(learned.grad_fn).__name__
+    assert torch.equal(learned, expected)
+    slopes = [torch.autograd.grad(out.square().sum(), x)[0] for out in (learned, expected)]
+    assert torch.equal(*slopes) and 0 < slopes[0].count_nonzero() < x.numel()

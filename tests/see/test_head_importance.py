@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import timm
 import torch
@@ -23,7 +24,7 @@ from vitreous.prune.heads import importance
 from vitreous.quant import RepQ
 from vitreous.see import hot
 from vitreous.see.ablation import hot_blocks, why_one_by_one, without_each_head
-from vitreous.see.head_importance import kendall
+from vitreous.see.head_importance import PRECISIONS, kendall
 from vitreous.see.stream import Means, interval
 from vitreous.steps import slim
 from vitreous.tokens import EViT
@@ -106,6 +107,17 @@ def test_hot_blocks_run_in_openvino_and_say_the_same(images: Tensor, monkeypatch
     assert all(b.rest.run is not b.rest.block for b in blocks)
     for a, b in zip(found, cool, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_only_where_asked_and_close(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_vit()
+    exact = see.head_importance(model, images, metrics=["output"]).values
+    monkeypatch.setattr(hot, "HOT", 1)
+    off = {p: abs(see.head_importance(model, images, metrics=["output"], precision=p).values - exact).max() for p in PRECISIONS}
+    assert off["f32"] < 1e-6
+    assert off["bf16"] < 0.05 * exact.max()
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert off["bf16"] > 1e-6
 
 
 def test_blocks_without_translation_stay_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +214,7 @@ def test_the_model_is_left_as_found(images: Tensor) -> None:
         (dict(metrics=[]), "at least one of"),
         (dict(labels=torch.zeros(3).long()), "do not fit 6 images"),
         (dict(batch=0), "batch must be at least 1"),
+        (dict(precision="fp32"), "must be one of f32, bf16"),
     ],
 )
 def test_refusals(given: dict[str, Any], message: str, images: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ def heads(
     json: Annotated[Path | None, typer.Option(help="write one row a head as JSON")] = None,
     parquet: Annotated[Path | None, typer.Option(help="write one row a head as Parquet; needs pyarrow")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace those files if they exist")] = False,
+    precision: Annotated[str, typer.Option(help="of the removals: f32, or bf16, quicker where the processor has it")] = "f32",
     seed: Annotated[int, typer.Option(help="for the order of a folder, the intervals and the autoencoder")] = 0,
 ) -> None:
     """Show every attention head of a model over a data set: importance, distance, entropy, pattern."""
@@ -32,11 +34,13 @@ def heads(
     from ..files import write_whole
     from ..rows import as_csv, as_json, as_parquet, need_parquet
     from ..see.distance import distance
-    from ..see.head_importance import head_importance
+    from ..see.head_importance import PRECISIONS, head_importance
     from ..see.patterns import patterns
     from ..work import Work, working
 
     targets = {kind: path for kind, path in (("csv", csv), ("json", json), ("parquet", parquet)) if path is not None}
+    if precision not in PRECISIONS:
+        raise VitreousError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     for target in targets.values():
         if target.exists() and not overwrite:
             raise VitreousError(f"{target} exists: give another name, or --overwrite")
@@ -50,7 +54,8 @@ def heads(
     found: list[Any] = []
     watched = Console(stderr=True)
     with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as bar:
-        for what, analysis in (("importance", head_importance), ("distance", distance), ("patterns", patterns)):
+        ablate = partial(head_importance, precision=precision)
+        for what, analysis in (("importance", ablate), ("distance", distance), ("patterns", patterns)):
             task = bar.add_task(what, total=1.0)
             with working(Work(lambda share, task=task: bar.update(task, completed=share))):
                 found.append(analysis(net, pictures, seed=seed))

@@ -49,9 +49,9 @@ class HotBlock(NamedTuple):
     rest: Hot
 
 
-def hot_blocks(model: nn.Module, anatomy: Anatomy) -> list[HotBlock]:
+def hot_blocks(model: nn.Module, anatomy: Anatomy, precision: str = "f32") -> list[HotBlock]:
     blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
-    return [HotBlock(Hot(block), Hot(AfterAttention(block))) for block in blocks]
+    return [HotBlock(Hot(block, precision), Hot(AfterAttention(block), precision)) for block in blocks]
 
 
 def without_each_head(

@@ -15,14 +15,14 @@ HOT = 1.5e11
 
 
 class Hot:
-    """`block` as a function of streams `[B, N, C]`, for any B; once translated, the same to some 1e-6.
+    """`block` as a function of streams `[B, N, C]`, for any B; once translated, the same to some 1e-6, in "bf16" to some 1e-3.
 
     What it gives holds until it is called again. Where OpenVINO has nothing to offer (another device, another type than float32)
     or no translation, it stays in torch.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, precision: str = "f32") -> None:
+        self.block, self.precision = block, precision
         self.run: Callable[[Tensor], Tensor] = block
         self.weights = sum(p.numel() for p in block.parameters())
         self.left = HOT
@@ -31,17 +31,17 @@ class Hot:
         if self.left > 0:
             self.left -= self.weights * x[..., 0].numel()
             if self.left <= 0 and x.device.type == "cpu" and x.dtype == torch.float32:
-                self.run = translated(self.block, x)
+                self.run = translated(self.block, x, self.precision)
         return self.run(x)
 
 
-def translated(block: nn.Module, stream: Tensor) -> Callable[[Tensor], Tensor]:
+def translated(block: nn.Module, stream: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
     import openvino
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     try:
         graph = to_onnx(trace(block, stream[:2].clone(), dynamic=True)).SerializeToString()
