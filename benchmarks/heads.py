@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous.see.ablation import hot_blocks, without_each_head
+from vitreous.see.distance import MEASURES as OF_DISTANCE
 from vitreous.see.head_importance import PRECISIONS, kendall
 from vitreous.see.paths import MEASURES
 
@@ -169,8 +170,8 @@ def dinov2(a: argparse.Namespace) -> None:
     model = vt.open("vit_small_patch14_dinov2", checkpoint=a.weights, img_size=224)
     data = vt.data.open_data(a.data, model, limit=a.images)
     classes(vt.see.patterns(model, data))
-    for name, low, high in vt.see.distance(model, data).trend:
-        print(f"trend over layers: {name:.2f} ({low:.2f} to {high:.2f})")
+    for name, (value, low, high) in zip(OF_DISTANCE, vt.see.distance(model, data).trend, strict=True):
+        print(f"{name} over layers: {value:.2f} ({low:.2f} to {high:.2f})")
     found = vt.see.artifacts(model, data)
     print("outliers by layer, %: " + ", ".join(f"{100 * s:.2f}" for s in found.norms[0]))
     twice = [vt.see.head_importance(model, data, metrics=["output"], precision=p).values.ravel() for p in PRECISIONS]

@@ -84,7 +84,8 @@ def shoot(page: Any, name: str) -> None:
 
 
 def pictures(a: argparse.Namespace) -> None:
-    opened = [*([a.model] if a.model else []), "--data", a.data, *(["--checkpoint", a.checkpoint] if a.checkpoint else [])]
+    options = {"--data": a.data, "--checkpoint": a.checkpoint, "--img-size": a.img_size}
+    opened = [*([a.model] if a.model else []), *(str(o) for pair in options.items() if pair[1] for o in pair)]
     with studio(*opened) as browser:
         page = visit(browser, f"?image={a.image}")
         page.get_by_text("attends most to").wait_for()
@@ -142,6 +143,7 @@ def main() -> None:
     p.add_argument("model", nargs="?")
     p.add_argument("--checkpoint")
     p.add_argument("--data", default="sample")
+    p.add_argument("--img-size", type=int)
     p.add_argument("--image", type=int, default=0, help="picture to show")
     p.add_argument("--images", type=int, default=128, help="pictures to study heads on")
     p.add_argument("--times", type=int, default=11, help="uploads and clicks; the first does not count")

@@ -56,7 +56,7 @@ class _Picture:
         self.answer = ui.label().classes("text-sm font-medium")
         self.caption = ui.label().classes("text-sm studio-note").props("aria-live=polite")
         with ui.row().classes("w-full items-center gap-4 no-wrap"):
-            self.layer_name = ui.label().classes("text-sm w-28 shrink-0")
+            self.layer_name = ui.label().classes("text-sm w-32 shrink-0")
             self.layer = ui.slider(min=0, max=1, step=1, value=0).props("aria-label=Layer").classes("grow")
             self.layer.on_value_change(guarded(lambda e: self.session.change(layer=int(e.value))))
         with ui.row().classes("w-full items-center gap-4"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from nicegui import ui
 
+from ..prove.table import three
 from ..rows import Rows
 from ..steps import Recipe
 from . import apart
@@ -109,5 +110,5 @@ def _small_table(rows: Rows) -> None:
 
 def _told(key: str, value: Any) -> Any:
     if isinstance(value, float):
-        return f"{100 * value:.1f} %" if key.startswith(("accuracy", "agreement")) else f"{value:.3g}"
+        return f"{100 * value:.1f} %" if key.startswith(("accuracy", "agreement")) else three(value)
     return f"{value:,}" if isinstance(value, int) else value
