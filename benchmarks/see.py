@@ -52,7 +52,7 @@ def faithfulness(a: argparse.Namespace, say: Say) -> None:
         found = vt.faithfulness(
             model, explain, images, steps=a.steps, sanity_images=a.sanity_images, seed=a.seed, progress=say
         ).to_dict()  # fmt: skip
-        about = {k: v for k, v in found.items() if k != "rows"} | {"data": data.name}
+        about = {k: v for k, v in found.items() if k != "rows"} | {"data": Path(data.name).name}
         rows |= {row["name"]: row | about for row in found["rows"]}
         kept.write_text(json.dumps(rows, indent=1) + "\n")
     write_sanity(name, rows)

@@ -196,7 +196,10 @@ def learning(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 class OnGrid(torch.autograd.Function):
-    """`apply(x, scale, zero_point, low, high)`: torch's fake quantization to the bit, in a third of its time on a processor."""
+    """`apply(x, scale, zero_point, low, high)`: torch's fake quantization, in a third of its time on a processor.
+
+    One value in some millions, half way between two levels, may go to the other one.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
