@@ -110,7 +110,7 @@ def test_hot_blocks_run_in_openvino_and_say_the_same(images: Tensor, monkeypatch
 
 
 def test_bf16_only_where_asked_and_close(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_vit()
+    model = small_vit(depth=2)
     exact = see.head_importance(model, images, metrics=["output"]).values
     monkeypatch.setattr(hot, "HOT", 1)
     off = {p: abs(see.head_importance(model, images, metrics=["output"], precision=p).values - exact).max() for p in PRECISIONS}
