@@ -34,13 +34,11 @@ def heads(
     from ..files import write_whole
     from ..rows import as_csv, as_json, as_parquet, need_parquet
     from ..see.distance import distance
-    from ..see.head_importance import PRECISIONS, head_importance
+    from ..see.head_importance import head_importance
     from ..see.patterns import patterns
     from ..work import Work, working
 
     targets = {kind: path for kind, path in (("csv", csv), ("json", json), ("parquet", parquet)) if path is not None}
-    if precision not in PRECISIONS:
-        raise VitreousError(f"--precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     for target in targets.values():
         if target.exists() and not overwrite:
             raise VitreousError(f"{target} exists: give another name, or --overwrite")

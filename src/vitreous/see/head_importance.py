@@ -95,9 +95,8 @@ def head_importance(
         images: `[N, C, H, W]`, or a data set of `vt.data`, whose labels are used; `labels` `[N]` go with a tensor.
         metrics: all that apply by default.
         batch: images at a time. Gradients keep all activations of a batch.
-        precision: "f32", or "bf16": what runs in OpenVINO multiplies in bfloat16, twice as fast on a processor that has it (the
-            others go on in float32). Outputs without a head are then right to some 1e-2, the order of heads that hardly matter
-            is not.
+        precision: "f32", or "bf16": what runs in OpenVINO multiplies in bfloat16 on a processor that has it (others go on in
+            float32). Outputs without a head are then right to some 1e-2.
 
     Raises `VitreousError` for unknown metrics and precisions, a model without attention in blocks, labels that do not fit, and
     gradients of a model whose probabilities cannot be differentiated (`nn.MultiheadAttention`).
