@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import PlainBlock
+from ..blocks import PlainAttention, PlainBlock
 from ..steps import step
 from ..work import Work, tick, working
 from .calibration import watch
@@ -21,7 +21,7 @@ from .reconstruction import reduces
 from .smoothquant import migration, refuse_alpha, smooth
 
 RATIOS = range(9)  # m, where one region's step is 2^m of the other's
-SCOUTS = 2  # images on which Greedy MP tries bits out
+SCOUTS = 1  # images on which Greedy MP tries bits out: more change little but the time
 LOWER, HIGHER = 1, 2  # how far bits may go from their average
 
 
@@ -44,7 +44,7 @@ class MPTQ(PostTraining):
     No code was published, and the above follows the paper's abstract and the authors' earlier TSPTQ-ViT (ICASSP 2023)
     rather than its equations: ours are the middle of the range as the bias, the layout of the two regions, the squared
     error as the criterion of m and, below 8 bits, of all ranges, and the score of Greedy MP, the increase of the
-    squared relative error of the model's output over the bits saved. That error is measured on two images with one
+    squared relative error of the model's output over the bits saved. That error is measured on one image with one
     tensor quantized and all others in floats, and errors are taken to add up; measuring anew after every step, as a
     literal greedy search would, takes some sixty times as long.
 
@@ -109,8 +109,11 @@ class MPTQ(PostTraining):
             for norm, inputs in readers.items():
                 channels, layers = seen[next(iter(inputs))], list(inputs.values())
                 middle, reach = (channels.high + channels.low) / 2, (channels.high - channels.low) / 2
-                smooth(model.get_submodule(norm), layers, migration(reach, layers, self.alpha), middle)
-            for name, histogram in histograms(model, calibration).items():
+                s = migration(reach, layers, self.alpha)
+                smooth(model.get_submodule(norm), layers, s, middle)
+                for name in inputs:
+                    seen[name].low, seen[name].high = -reach / s, reach / s
+            for name, histogram in histograms(model, calibration, seen).items():
                 quantizer = model.get_submodule(name)
                 if isinstance(quantizer, TwoRegion):
                     quantizer.search(histogram)
@@ -215,7 +218,11 @@ def only(model: nn.Module, wanted: list[FakeQuantizer], images: Tensor, known: M
     others = [m for m in model.modules() if isinstance(m, FakeQuantizer) and m not in wanted]
     blocks = list(known)
     first = next((i for i, block in enumerate(blocks) if any(m in wanted for m in block.modules())), 0)
+    # Attention without quantizers needs no probabilities.
+    operands = {m: m.operands for m in model.modules() if isinstance(m, PlainAttention)}
     try:
+        for attn, own in operands.items():
+            attn.operands = own if own and any(m in wanted for m in own.modules()) else None
         for block in blocks[:first]:
             block.forward = lambda *_, given=known[block]: given
         for quantizer in others:
@@ -227,6 +234,8 @@ def only(model: nn.Module, wanted: list[FakeQuantizer], images: Tensor, known: M
             del block.forward
         for quantizer in others:
             quantizer.watcher = None
+        for attn, own in operands.items():
+            attn.operands = own
 
 
 def count(model: nn.Module, activations: Parts, images: Tensor) -> dict[str, int]:

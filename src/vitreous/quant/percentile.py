@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..steps import step
-from .calibration import BATCH, watch
+from .calibration import BATCH, Watch, watch
 from .layers import FakeQuantizer, Quantizer, quant_layers
 from .posttraining import PostTraining
 
@@ -95,9 +95,13 @@ class Histogram:
         return squares.sum(1).clamp_min(0) / self.sums[0, -1]
 
 
-def histograms(model: nn.Module, images: Tensor) -> dict[str, Histogram]:
-    """Of each activation quantizer, by its name, a histogram of what it is given in the float model on `[N, C, H, W]`."""
-    found = {n: Histogram(seen.low.amin(), seen.high.amax()) for n, seen in watch(model, images).items()}
+def histograms(model: nn.Module, images: Tensor, seen: dict[str, Watch] | None = None) -> dict[str, Histogram]:
+    """Of each activation quantizer, by its name, a histogram of what it is given in the float model on `[N, C, H, W]`.
+
+    seen: their ranges, where they are known.
+    """
+    seen = watch(model, images) if seen is None else seen
+    found = {name: Histogram(one.low.amin(), one.high.amax()) for name, one in seen.items()}
     quantizers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantizer)}
     parameter = next(model.parameters())
     try:

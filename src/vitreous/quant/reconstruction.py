@@ -196,14 +196,11 @@ def learning(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 class OnGrid(torch.autograd.Function):
-    """`apply(x, scale, zero_point, low, high)`: torch's fake quantization, in a third of its time on a processor.
-
-    One value in some millions, half way between two levels, may go to the other one.
-    """
+    """`apply(x, scale, zero_point, low, high)`: torch's fake quantization, in a third of its time on a processor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-        q = (x * scale.reciprocal()).add_(zero_point).round_()
+        q = (x * scale.reciprocal()).round_().add_(zero_point)
         ctx.save_for_backward(q.ge(low).logical_and_(q.le(high)))
         return q.clamp_(low, high).sub_(zero_point).mul_(scale)
 
