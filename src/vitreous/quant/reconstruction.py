@@ -200,9 +200,11 @@ class OnGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-        q = (x * scale.reciprocal()).round_().add_(zero_point)
-        ctx.save_for_backward(q.ge(low).logical_and_(q.le(high)))
-        return q.clamp_(low, high).sub_(zero_point).mul_(scale)
+        zero = zero_point.to(x.dtype)
+        wide = (x * scale.reciprocal()).round_().add_(zero)
+        q = wide.clamp(low, high)
+        ctx.save_for_backward(q.eq(wide))
+        return q.sub_(zero).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None, None]:
