@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from captum.attr import IntegratedGradients
 from support import small_vit
 from torch import Tensor, nn
 
@@ -47,17 +48,38 @@ def test_what_a_linear_model_adds_up() -> None:
     torch.testing.assert_close(see.occlusion(model, x, 3), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_steps_are_doubled_until_it_is_complete() -> None:
-    """With 50 steps, captum's number, much is missed, and it is said; without a number none is."""
+def test_steps_are_taken_where_the_score_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 60 steps over the whole way much is missed, and it is said; with fewer where they count nothing is."""
     model, x = Step(), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     whole = (model(x) - model(torch.zeros_like(x)))[:, 0]
-    with pytest.warns(UserWarning, match="50 steps miss completeness"):
-        rough = see.integrated_gradients(model, x, 0, steps=50)
+    with pytest.warns(UserWarning, match="60 steps miss completeness"):
+        rough = see.integrated_gradients(model, x, 0, steps=60)
     assert ((rough.sum((1, 2)) - whole).abs() > 0.02 * whole).any()
+    taken, attribute = [], IntegratedGradients.attribute
+
+    def counted(self: Any, pictures: Tensor, *rest: Any, **how: Any) -> Tensor:
+        taken.append(len(pictures) * how["n_steps"])
+        return attribute(self, pictures, *rest, **how)
+
+    monkeypatch.setattr(IntegratedGradients, "attribute", counted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fine = see.integrated_gradients(model, x, 0)
-    assert ((fine.sum((1, 2)) - whole).abs() <= 0.021 * whole).all()
+    assert ((fine.sum((1, 2)) - whole).abs() <= 0.021 * whole).all() and sum(taken) <= 2 * 60
+    together = see.integrated_gradients(model, x.repeat(20, 1, 1, 1), 0)  # more than run at a time
+    torch.testing.assert_close(together, fine.repeat(20, 1, 1))
+
+
+def test_there_is_an_end_to_halving() -> None:
+    """A jump has no gradient, so no number of steps is enough."""
+
+    class Jump(Step):
+        def forward(self, x: Tensor) -> Tensor:
+            return ((x.mean((1, 2, 3)) > 0.26) + 0 * x.sum((1, 2, 3)))[:, None]
+
+    with pytest.warns(UserWarning, match="512 steps miss completeness by up to 100%"):
+        found = see.integrated_gradients(Jump(), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)), 0)
+    assert found.shape == (1, 1, 1) and not found.any()
 
 
 def test_occlusion_blanks_one_patch_at_a_time(vit: nn.Module, images: Tensor) -> None:
