@@ -77,7 +77,7 @@ def test_there_is_an_end_to_halving() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return ((x.mean((1, 2, 3)) > 0.26) + 0 * x.sum((1, 2, 3)))[:, None]
 
-    with pytest.warns(UserWarning, match="512 steps miss completeness by up to 100%"):
+    with pytest.warns(UserWarning, match="516 steps miss completeness by up to 100%"):
         found = see.integrated_gradients(Jump(), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)), 0)
     assert found.shape == (1, 1, 1) and not found.any()
 

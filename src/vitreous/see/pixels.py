@@ -17,7 +17,7 @@ from .patches import check_images, grid_of, run, still
 
 MISSED = 0.02  # of the difference of the scores, in the worst image
 NODES = 4  # of a stretch of the way
-MOST = 512  # nodes of an image
+MOST = 512  # nodes of an image, after which it is halved no further
 TOGETHER = 32  # interpolated or occluded pictures that run at a time
 
 
@@ -70,7 +70,7 @@ def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | Non
         maps, missed = stretches(of, way)
         while steps is None:
             n, total = torch.bincount(of), torch.zeros_like(most).index_add(0, of, missed.abs())
-            unfinished = (total > most) & (nodes * (2 * n + 1) <= MOST)  # halving once more
+            unfinished = (total > most) & (nodes * (2 * n - 1) < MOST)  # n stretches are what is left of 2n − 1
             split = unfinished[of] & (missed.abs() > (most / n)[of])
             if not split.any():
                 break
@@ -83,9 +83,10 @@ def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | Non
             )
         missed = torch.zeros_like(most).index_add(0, of, missed).abs() * MISSED / most
         found = maps.new_zeros(len(x), *size).index_add(0, of, maps)
+        taken = nodes * (2 * int(torch.bincount(of).max()) - 1)
     if len(bad := missed[missed > MISSED]):
         warnings.warn(
-            f"integrated gradients with {steps or MOST} steps miss completeness by up to {float(bad.max()):.0%} of the score's "
+            f"integrated gradients with {taken} steps miss completeness by up to {float(bad.max()):.0%} of the score's "
             f"change, in {len(bad)} of {len(x)} images: more steps= come closer",
             stacklevel=2,
         )
