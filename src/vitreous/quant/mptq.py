@@ -21,7 +21,7 @@ from .reconstruction import reduces
 from .smoothquant import migration, refuse_alpha, smooth
 
 RATIOS = range(9)  # m, where one region's step is 2^m of the other's
-SCOUTS = 1  # images on which Greedy MP tries bits out: more change little but the time
+SCOUTS, PIXELS = 8, 224**2  # at most so many images, of so many pixels together if there is more than one
 LOWER, HIGHER = 1, 2  # how far bits may go from their average
 
 
@@ -44,9 +44,9 @@ class MPTQ(PostTraining):
     No code was published, and the above follows the paper's abstract and the authors' earlier TSPTQ-ViT (ICASSP 2023)
     rather than its equations: ours are the middle of the range as the bias, the layout of the two regions, the squared
     error as the criterion of m and, below 8 bits, of all ranges, and the score of Greedy MP, the increase of the
-    squared relative error of the model's output over the bits saved. That error is measured on one image with one
-    tensor quantized and all others in floats, and errors are taken to add up; measuring anew after every step, as a
-    literal greedy search would, takes some sixty times as long.
+    squared relative error of the model's output over the bits saved. That error is measured on one image (up to
+    eight smaller ones) with one tensor quantized and all others in floats, and errors are taken to add up; measuring
+    anew after every step, as a literal greedy search would, takes some sixty times as long.
 
     alpha: as in `SmoothQuant`. What is quantized, and the other parameters, are described at `PostTraining`.
     """
@@ -68,7 +68,7 @@ class MPTQ(PostTraining):
         if not self.mixed or self.deployable:
             return {}
         wanted = {kind: b for kind, b in (("weights", self.weights), ("activations", self.activations)) if b < 8}
-        errors, sizes = self._try_out(model, calibration[:SCOUTS], wanted)
+        errors, sizes = self._try_out(model, scouts(calibration), wanted)
         bits = {kind: greedy(errors[kind], sizes[kind], average) for kind, average in wanted.items()}
         w, x = bits.get("weights", {}), bits.get("activations", {})
         products = {name: (b, b) for name, b in x.items() if name not in layers}
@@ -181,6 +181,11 @@ class TwoRegion(FakeQuantizer):
 
 
 Parts = dict[str, list[FakeQuantizer]]
+
+
+def scouts(images: Tensor) -> Tensor:
+    """Those of `[N, C, H, W]` on which Greedy MP tries bits out: more change little but the time."""
+    return images[: min(SCOUTS, max(1, PIXELS // images[0, 0].numel()))]
 
 
 def parts(model: nn.Module) -> dict[str, Parts]:
