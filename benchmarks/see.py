@@ -115,7 +115,7 @@ def cost(a: argparse.Namespace, say: Say) -> None:
     ratios = {m: bootstrap_median_ratio(times[m], times["forward"], a.seed) for m in methods}
     about = {"model": name, "threads": a.threads, "rounds": a.rounds, "machine": describe(), "seed": a.seed}
     found = {m: {"value": r.value, "low": r.low, "high": r.high} for m, r in ratios.items()}
-    best = describe()["instructions"][-1]  # speed is the processor's
+    best = about["machine"]["instructions"][-1]  # speed is the processor's
     (RESULTS / f"see-cost-{name}-{best}.json").write_text(json.dumps({**about, "forward passes": found}, indent=1) + "\n")
     print("| method | forward passes |\n|---|---|")
     for m, r in ratios.items():
