@@ -13,7 +13,7 @@ from support import error, small_vit, uneven_vit
 from torch import Tensor, nn
 
 from vitreous.quant.layers import FakeQuantizer, Quantizer, QuantLinear, quant_layers
-from vitreous.quant.mptq import MPTQ, TwoRegion, before, greedy, only, parts
+from vitreous.quant.mptq import MPTQ, TwoRegion, before, greedy, only, parts, scouts
 from vitreous.quant.mse import MSE
 from vitreous.quant.percentile import Histogram
 from vitreous.quant.smoothquant import SmoothQuant
@@ -226,7 +226,7 @@ def test_mixed_bits_keep_their_averages_and_come_back_from_a_file(
 @torch.no_grad()
 def test_blocks_before_what_is_tried_out_run_once(images: Tensor) -> None:
     small = MPTQ(4, 4).apply(small_vit(), images)
-    known, runs = before(small, images[:2]), []
+    known, exact, runs = before(small, images[:2]), only(small, [], images[:2], {}), []
     for block in small.blocks:
         block.norm1.register_forward_hook(lambda *_: runs.append(1))
     for kind, name, ran in (
@@ -236,9 +236,15 @@ def test_blocks_before_what_is_tried_out_run_once(images: Tensor) -> None:
     ):
         wanted = parts(small)[kind][name]
         whole = only(small, wanted, images[:2], {})
+        assert not torch.equal(whole, exact)
         runs.clear()
         assert torch.equal(only(small, wanted, images[:2], known), whole) and len(runs) == ran
     assert torch.equal(small(images[:2]), MPTQ(4, 4).apply(small_vit(), images)(images[:2]))  # nothing is left behind
+
+
+@pytest.mark.parametrize(("side", "few"), ((448, 1), (224, 1), (98, 5), (28, 8)))
+def test_bits_are_tried_out_on_as_much_of_small_images(side: int, few: int) -> None:
+    assert len(scouts(torch.zeros(10, 1, side, side))) == few
 
 
 def test_what_hurts_keeps_more_bits(images: Tensor, others: Tensor) -> None:

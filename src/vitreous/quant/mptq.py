@@ -21,7 +21,7 @@ from .reconstruction import reduces
 from .smoothquant import migration, refuse_alpha, smooth
 
 RATIOS = range(9)  # m, where one region's step is 2^m of the other's
-SCOUTS, PIXELS = 8, 224**2  # at most so many images, of so many pixels together if there is more than one
+SCOUTS, PIXELS = 8, 224**2  # bits are tried out on as many images as have so many pixels together, 1 to 8
 LOWER, HIGHER = 1, 2  # how far bits may go from their average
 
 
@@ -184,7 +184,7 @@ Parts = dict[str, list[FakeQuantizer]]
 
 
 def scouts(images: Tensor) -> Tensor:
-    """Those of `[N, C, H, W]` on which Greedy MP tries bits out: more change little but the time."""
+    """Those of `[N, C, H, W]` on which Greedy MP tries bits out, see `PIXELS`."""
     return images[: min(SCOUTS, max(1, PIXELS // images[0, 0].numel()))]
 
 

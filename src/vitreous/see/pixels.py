@@ -28,10 +28,10 @@ def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | Non
     colour, as pictures are prepared), by captum with Gauss-Legendre nodes; summed over the pixels of each patch, negative sums
     cut.
 
-    Completeness (the sum over all pixels is the difference of the scores) holds only with enough steps where the score changes:
-    in DINOv2 nearly all of it does in the first twentieth of the way. Each stretch of the way has a difference of its own, so
-    those that miss most of theirs are halved, with 4 steps to a half, until all together miss at most 2 % of the whole. A
-    `UserWarning` says how much is missed where 512 steps do not reach that.
+    Completeness (the sum over all pixels is the difference of the scores) holds only with enough steps where the score changes,
+    which may be a small part of the way. Each stretch of it has a difference of its own, so those that miss most of theirs are
+    halved, with 4 steps to a half, until all together miss at most 2 % of the whole. A `UserWarning` says how much is missed
+    where some 512 steps do not reach that.
 
     Args:
         x: images `[B, C, H, W]`.
@@ -44,7 +44,7 @@ def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | Non
     attr, size = _captum("see.integrated_gradients"), grid(model, x)
     with torch.inference_mode(False), torch.enable_grad(), still(model):
         image, score, index = _scored(model, x, target)
-        method, nodes = attr.IntegratedGradients(score), steps or NODES
+        method, nodes = attr.IntegratedGradients(score), NODES if steps is None else steps
 
         def stretches(of: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
             """Maps `[S, h, w]` of what the way from `way[:, 0]` to `way[:, 1]` adds in the images `of`, and what they miss."""
