@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from support import command
 
 import vitreous as vt
-import vitreous.cli.job
+import vitreous.search.job
 from vitreous.quant.layers import QuantLinear
 
 WRITTEN = {"report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
@@ -52,7 +52,7 @@ def test_a_stopped_job_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(vitreous.quant.weightonly, "learned_rounding", counted)
     monkeypatch.setattr(vitreous.quant.weightonly, "ITERATIONS", 5)
-    monkeypatch.setattr(vitreous.cli.job, "ship_all", stopped)
+    monkeypatch.setattr(vitreous.search.job, "ship_all", stopped)
     steps = "WeightOnly(bits=4, rounding='learned')"
     arguments = ["slim", "--limit", "8", "--calibrate", "4", "--steps", steps, "--resume", str(tmp_path / "kept")]
     counts = []
@@ -90,7 +90,7 @@ def test_main_job_result_loads_and_agrees_with_its_files(job: Path) -> None:
 def test_default_recipe_ships_float_when_integers_do_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, refused = vitreous.cli.job.ship_all, []
+    real, refused = vitreous.search.job.ship_all, []
 
     def no_integers(model: torch.nn.Module, paths: list[Path], **kwargs: Any) -> list[vt.Shipment]:
         if any(isinstance(m, QuantLinear) for m in model.modules()):
@@ -98,7 +98,7 @@ def test_default_recipe_ships_float_when_integers_do_not_run(
             raise vt.VitreousError("this machine has no integers")
         return real(model, paths, **kwargs)
 
-    monkeypatch.setattr(vitreous.cli.job, "ship_all", no_integers)
+    monkeypatch.setattr(vitreous.search.job, "ship_all", no_integers)
     arguments = ["slim", "--limit", "64", "--calibrate", "16", "--budget", "100", "--out", str(tmp_path / "out")]
     status, out, _ = command(monkeypatch, capsys, *arguments)
     assert status == 0 and refused

@@ -37,7 +37,7 @@ def slim(
 
     from ..errors import VitreousError
     from ..steps import Recipe
-    from .job import Job
+    from ..search import Job
 
     if recipe is not None and steps is not None:
         raise VitreousError("give --recipe or --steps, not both")

@@ -73,7 +73,7 @@ def study(source: Source, images: int, say: Say) -> Study:
 
 def recipe(source: Source, steps: str, images: int, folder: Path, say: Say) -> Rows:
     """`vitreous slim` into `folder`: the model, its shipped files, the proof and the report."""
-    from ..cli.job import Job
+    from ..search import Job
     from ..steps import Recipe
 
     job = Job(folder, source.data, 0, None, 1.0, images, say)

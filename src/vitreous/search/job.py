@@ -1,4 +1,4 @@
-"""The main job behind `vitreous slim`: open, choose, slim, ship, prove, report."""
+"""The whole job behind `vitreous slim`: open, choose, slim, ship, prove, report."""
 
 from __future__ import annotations
 
