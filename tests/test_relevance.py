@@ -15,10 +15,9 @@ from support import small_vit
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from vitreous.errors import VitreousError
+from vitreous.macs import CountMacs
 from vitreous.quant import MinMax
 from vitreous.relevance import Tape, convolution_rule, image_rule, linear_rule, mean_rule, product_rule, relevance, sum_rule
 
@@ -212,29 +211,15 @@ def test_what_has_no_rule_is_named(images: Tensor) -> None:
         relevance(model, images)
 
 
-class Products(TorchDispatchMode):
-    """Counts the multiplications of matrix products and convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.done += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def test_costs_at_most_six_forward_passes() -> None:
     """Counted in multiplications; the time is measured by hand, for it depends on who else computes."""
     model = timm.create_model("vit_small_patch16_224", depth=2, num_classes=10).eval()
     x = torch.randn(1, 3, 224, 224)
 
     def operations(run: Callable[[], object]) -> int:
-        with Products() as counted, torch.no_grad():
+        with CountMacs() as counted, torch.no_grad():
             run()
-        return counted.done
+        return counted.total
 
     once = operations(lambda: model(x))
     assert operations(lambda: relevance(model, x, 0)) < 5 * once

@@ -88,7 +88,7 @@ class TestTokenSlimming:
 
     def test_keep_one_is_the_identity(self, vit: nn.Module, images: Tensor) -> None:
         with torch.no_grad():
-            torch.testing.assert_close(slim(vit, TokenSlimming(keep=1.0))(images), vit(images), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(slim(vit, TokenSlimming(keep=1.0))(images), vit(images), atol=1e-5, rtol=1e-5)
 
     def test_one_token_stays(self, vit: nn.Module, images: Tensor) -> None:
         assert [t.shape[1] for t in leaving(slim(vit, TokenSlimming(keep=0.01, at=(0, 1))), images)] == [2] * 4

@@ -202,7 +202,7 @@ def test_lengths_of_the_published_scripts(images: Tensor) -> None:
 def test_zero_is_the_identity(vit: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         for r in (0, 0.0):
-            torch.testing.assert_close(slim(vit, MCTF(r=r))(images), vit(images), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(slim(vit, MCTF(r=r))(images), vit(images), atol=1e-5, rtol=1e-5)
         small = slim(vit, MCTF(r=3))
         for m in reducers(small):
             m.r = 0

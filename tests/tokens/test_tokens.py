@@ -88,7 +88,7 @@ def test_evit_fuses_the_rest_by_attention(vit: nn.Module, images: Tensor) -> Non
 @pytest.mark.parametrize("step", [EViT(keep=1.0), EViT(keep=1.0, at=(0, 1, 2, 3)), ToMe(r=0)], ids=str)
 def test_nothing_to_do_is_the_identity(vit: nn.Module, images: Tensor, step: Step) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(slim(vit, step)(images), vit(images), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(slim(vit, step)(images), vit(images), atol=1e-5, rtol=1e-5)
 
 
 def test_default_blocks_are_the_papers(images: Tensor) -> None:

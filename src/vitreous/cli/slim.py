@@ -36,8 +36,8 @@ def slim(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from ..errors import VitreousError
-    from ..steps import Recipe
     from ..search import Job
+    from ..steps import Recipe
 
     if recipe is not None and steps is not None:
         raise VitreousError("give --recipe or --steps, not both")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import VitreousError
+from ..macs import CountMacs
 from .dyn_perceiver import DynPerceiver
 
 
@@ -48,8 +48,8 @@ def exit_macs(model: DynPerceiver, shape: Sequence[int]) -> tuple[int, ...]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as count:
-            return tuple(count.get_total_flops() // 2 for _ in model.exits(x))
+        with torch.no_grad(), CountMacs() as count:
+            return tuple(count.total for _ in model.exits(x))
     finally:
         model.train(training)
 

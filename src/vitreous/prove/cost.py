@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..macs import CountMacs, Uncounted
 from .subject import Model, caller
 
 
@@ -27,6 +27,8 @@ class Cost:
     """Size on disk: the bytes of all tensors of the state dict, or what a shipped file says of itself."""
     memory: int | None
     """Bytes needed to run the largest timed batch: weights, input, and the most activations alive at once."""
+    uncounted: str | None = None
+    """Why a module's MACs are not known: the operator that nothing is known of."""
 
 
 def cost(name: str, model: Model, images: Tensor) -> Cost:
@@ -38,32 +40,25 @@ def cost(name: str, model: Model, images: Tensor) -> Cost:
     if not isinstance(model, nn.Module):
         return Cost(count, getattr(model, "macs", None), getattr(model, "bytes", None), None)
     weights = {(t.data_ptr(), t.nbytes): t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor)}
+    try:
+        counted, uncounted = macs(model, images[:1], name), None
+    except Uncounted as reason:
+        counted, uncounted = None, str(reason)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()) if count is None else count,
-        macs=macs(model, images[:1], name),
+        macs=counted,
         bytes=sum(weights.values()),
         memory=sum(weights.values()) + images.nbytes + activation_peak(model, images, name),
+        uncounted=uncounted,
     )
 
 
 def macs(model: nn.Module, x: Tensor, name: str = "model") -> int:
-    """Multiply-accumulates of one forward of `model` on `x`, from the matrix products, convolutions and attention
-    kernels that really ran (torch's `FlopCounterMode`, halved)."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    # nn.MultiheadAttention's fast path is one opaque operator that counts as nothing.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _int_mm}) as count:
-            caller(name, model)(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return count.get_total_flops() // 2
-
-
-def _int_mm(a: Any, b: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Flops of an int8 product `[m, k] @ [k, n]`, which torch leaves out; shapes, or tensors in older versions."""
-    m, k = getattr(a, "shape", a)
-    return 2 * m * k * getattr(b, "shape", b)[1]
+    """Multiply-accumulates of one forward of `model` on `x`, as `vitreous.macs.CountMacs` counts what really ran."""
+    # Compiled code hides its operators, and flex_attention outside of a compiled function compiles itself.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), CountMacs() as count:
+        caller(name, model)(x)
+    return count.total
 
 
 def activation_peak(model: nn.Module, x: Tensor, name: str = "model") -> int:
