@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .calibrate import images
 from .errors import VitreousError, nearest
 from .work import Work, fingerprint, working
 
@@ -63,12 +64,16 @@ class Step:
         """Why `following` makes no sense once this step is done; empty when it does."""
         return ""
 
-    def apply(self, model: nn.Module, calibration: Tensor | None = None) -> nn.Module:
-        """A changed copy of `model`, in eval mode; the argument is not touched.
+    def apply(self, model: nn.Module, calibration: Any = None) -> nn.Module:
+        """A changed copy of `model`, in eval mode; the argument is not touched. `calibration` in any form that `slim` takes.
 
         Raises `VitreousError` when the model's anatomy does not allow the step, when the order of steps makes no sense, or
-        when calibration images are needed and missing.
+        when calibration images are needed and missing, or are not what the model was made for.
         """
+        return self._applied(model, None if calibration is None else images(model, calibration))
+
+    def _applied(self, model: nn.Module, calibration: Tensor | None) -> nn.Module:
+        """`apply`, with images that were checked."""
         history = history_of(model)
         done = history.steps()
         for names, reason in (
@@ -79,8 +84,6 @@ class Step:
                 raise VitreousError(f"{self.name} cannot come after {names}: {reason}")
         if self.needs_calibration and calibration is None:
             raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
-        if calibration is not None and not torch.isfinite(calibration).all():
-            raise VitreousError(f"{self.name} was given calibration images that hold NaN or infinity: check the transform")
         refuse_nan(model)
         new = copy.deepcopy(model).eval()
         with torch.random.fork_rng(devices=[]):
@@ -237,25 +240,27 @@ def refuse_nan(model: nn.Module) -> None:
 def slim(
     model: nn.Module,
     steps: Recipe | Step | Iterable[Step],
-    calibration: Tensor | None = None,
+    calibration: Any = None,
     progress: Callable[[str, float], None] | None = None,
     resume: str | Path | None = None,
 ) -> nn.Module:
     """Apply the steps in order to a copy of `model`; returns an ordinary `nn.Module` in eval mode.
 
     Args:
-        calibration: images `[N, C, H, W]`, prepared as the model expects them, for the steps that need data.
+        calibration: images, prepared as the model expects them, for the steps that need data: a tensor or array
+            `[N, C, H, W]`, a list, a `DataLoader` or other iterable of batches, or a data set of `vt.data` (`calibrate.images`).
         progress: told the step at work and the share of it that is done.
         resume: a folder in which steps that take minutes keep what is finished, to go on from it when called again.
 
     Raises `VitreousError` when a step cannot work on this model, or not after the steps before it.
     """
     todo = steps.steps if isinstance(steps, Recipe) else (steps,) if isinstance(steps, Step) else tuple(steps)
+    calibration = None if calibration is None else images(model, calibration)
     for s in todo:
         say = functools.partial(progress, str(s)) if progress else lambda share: None
         key = fingerprint(s, *model.state_dict().values(), calibration) if resume else ""
         say(0.0)
         with working(Work(say, Path(resume) if resume else None, key)):
-            model = s.apply(model, calibration)
+            model = s._applied(model, calibration)
         say(1.0)
     return model if todo else copy.deepcopy(model).eval()
