@@ -10,9 +10,11 @@ import ast
 import copy
 import functools
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from .calibrate import images
 from .errors import VitreousError, nearest
+from .folders import locked
 from .work import Work, fingerprint, working
 
 REGISTRY: dict[str, type[Step]] = {}
@@ -255,12 +258,27 @@ def slim(
     Raises `VitreousError` when a step cannot work on this model, or not after the steps before it.
     """
     todo = steps.steps if isinstance(steps, Recipe) else (steps,) if isinstance(steps, Step) else tuple(steps)
+    from . import __version__  # which is set after this room is read
+
     calibration = None if calibration is None else images(model, calibration)
+    kept = _kept_in(resume) if resume else None
     for s in todo:
         say = functools.partial(progress, str(s)) if progress else lambda share: None
-        key = fingerprint(s, *model.state_dict().values(), calibration) if resume else ""
+        key = fingerprint(__version__, torch.__version__, s, history_of(model), model, calibration) if kept else ""
         say(0.0)
-        with working(Work(say, Path(resume) if resume else None, key)):
+        with locked(kept, "--resume") if kept else nullcontext(), working(Work(say, kept, key)):
             model = s._applied(model, calibration)
         say(1.0)
     return model if todo else copy.deepcopy(model).eval()
+
+
+def _kept_in(resume: str | Path) -> Path:
+    """The folder, which is tried before the work."""
+    folder = Path(resume).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not allowed")
+    except (OSError, ValueError) as error:
+        raise VitreousError(f"cannot keep parts in {str(resume)!r}: {getattr(error, 'strerror', None) or error}") from error
+    return folder

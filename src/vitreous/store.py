@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from .errors import VitreousError, nearest
-from .files import write_whole
+from .files import check, write_whole
 from .models.bundled import vit_fashion
 from .steps import History, history_of, make_step, refuse_nan
 
@@ -165,6 +165,7 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
         raise VitreousError(
             f"{path} is no safetensors file; to use a checkpoint, name its timm model and pass it as the checkpoint"
         )
+    check(path)
     state, metadata = _read_safetensors(path)
     if KEY not in metadata:
         raise VitreousError(f"{path} holds weights but no recipe: name its timm model and pass the file as the checkpoint")

@@ -24,7 +24,7 @@ import vitreous as vt
 import vitreous.search.job
 from vitreous.quant.layers import QuantLinear
 
-WRITTEN = {"report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
+WRITTEN = {"manifest.json", "report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +32,7 @@ def slim(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from ..errors import VitreousError
+    from ..folders import folder
     from ..search import Job
     from ..steps import Recipe
 
@@ -45,7 +42,7 @@ def slim(
     extra = {k: v for k, v in {"num_classes": num_classes, "img_size": img_size}.items() if v is not None}
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with _folder(out, overwrite) as (folder, target), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with folder(out, overwrite) as (aside, target), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, share: float) -> None:
@@ -55,43 +52,9 @@ def slim(
                 tasks[what] = bar.add_task(what, total=1.0)
             bar.update(tasks[what], completed=share)
 
-        job = Job(folder, data, seed, threads, budget, limit, progress, resume)
+        job = Job(aside, data, seed, threads, budget, limit, progress, resume)
         proof = job.run(model, chosen, calibrate, pretrained, checkpoint, download, extra)
     console.print(proof, width=max(console.width, 110))
     for line in job.notes:
         console.print(line, highlight=False)
     console.print(f"written to {target}: " + ", ".join(sorted(p.name for p in target.iterdir())), highlight=False)
-
-
-@contextmanager
-def _folder(out: Path | None, overwrite: bool) -> Iterator[tuple[Path, Path]]:
-    """A folder to write in, and what it will be called: it appears under that name only when all is written."""
-    from ..errors import VitreousError
-
-    target = out or _free(Path("vitreous-out"))
-    if target.exists() and not target.is_dir():
-        raise VitreousError(f"{target} is a file: give another --out")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise VitreousError(f"{target} is not empty: give another --out, or --overwrite to replace what is in it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise VitreousError(f"cannot write in {target.parent}: {error.strerror}; give another --out") from error
-    try:
-        yield aside, target
-        aside.chmod(0o755)
-        if target.exists():  # only files that this command writes are replaced; whatever else lies there stays
-            for made in aside.iterdir():
-                made.replace(target / made.name)
-        else:
-            aside.rename(target)
-    except OSError as error:
-        raise VitreousError(f"cannot write {target}: {error.strerror or error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _free(first: Path) -> Path:
-    names: Callable[[int], Path] = lambda i: first if i == 1 else first.with_name(f"{first.name}-{i}")
-    return next(names(i) for i in range(1, 10_000) if not names(i).exists())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitreousError
+from ..files import check
 from ..processor import saturates
 from .packed import reader
 
@@ -57,6 +58,8 @@ class Runtime:
         missing = [file for file in files(self.path) if not file.is_file()]
         if missing:
             raise VitreousError(f"{missing[0]} does not exist; a shipped .xml needs its .bin beside it")
+        for file in files(self.path):
+            check(file)
         load = self._load_openvino if self.path.suffix == ".xml" else self._load_onnx
         try:
             self._run = load(precision or "f32")

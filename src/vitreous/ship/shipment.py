@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..errors import VitreousError
+from ..files import folder_aside, forget, replaceable
 from .export import is_quantized, quiet, to_onnx, trace
 from .packed import pack, reader
 from .runtime import Runtime, files
@@ -129,7 +129,7 @@ def ship_all(
             raise VitreousError(f"cannot tell a format from {path.name!r}: use an ending of {', '.join(FORMATS)}")
         if reason := getattr(model, "simulated", None):
             raise VitreousError(f"{path.name} is not written: {reason}. Quantize to 8 bits to ship the model")
-        present = [file for file in files(path) if file.exists()]
+        present = [file for file in files(path) if replaceable(file).exists()]
         if present and not overwrite:
             raise VitreousError(f"{present[0]} exists: choose another name, or ask to overwrite it")
     if any(p.device.type != "cpu" for p in model.parameters()):
@@ -308,10 +308,12 @@ def _written_aside(path: Path) -> Iterator[Path]:
     """Yield a path to write to; what was written there takes `path`'s place once the body is through."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            aside = Path(folder, path.name)
+        with folder_aside(path) as folder:
+            aside = folder / path.name
             yield aside
-            _put_in_place(files(aside), files(path), Path(folder))
+            _put_in_place(files(aside), files(path), folder)
+            for place in files(path):
+                forget(place)
     except OSError as error:
         raise VitreousError(f"{path} cannot be written: {error.strerror or error}") from error
 
