@@ -7,13 +7,16 @@ State-dict names do not change, so weights move freely between a model and its s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.func import functional_call
 
 from .anatomy import branch, emit, project, read
@@ -41,17 +44,32 @@ class Reduction:
         return m / m.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
-@dataclass
-class Flow:
-    """What travels along the blocks of one forward pass beside the tokens."""
+class Tokens(NamedTuple):
+    """The tokens of one pass, and what belongs to each of them: what one block hands to the next once there is more than `x`.
 
-    size: Tensor | None = None  # [B, N, 1]: how many patches each token stands for, when a reducer merges
-    trace: list[Reduction] | None = field(default=None, repr=False)
+    It is handed on, and never kept in the model, so that passes do not meet: threads, replicas, and a pass that gradient
+    checkpointing runs again each have their own. The last block gives the tensor `x` alone.
+    """
+
+    x: Tensor  # [B, N, C]
+    size: Tensor | None = None  # [B, N, 1]: how many patches each token stands for, once a reducer has merged some
+
+    @classmethod
+    def of(cls, given: Tensor | tuple[Any, ...]) -> Tokens:
+        """What enters a block, or what a hook was shown of one: a tensor, or a tuple that began as `Tokens`."""
+        return cls(given) if isinstance(given, Tensor) else cls(*given)
+
+    def bias(self) -> Tensor | None:
+        """Proportional attention (ToMe, section 3): a token that stands for s patches counts s times; `[B, 1, 1, N]`."""
+        return None if self.size is None else self.size.log().mT[:, None]
+
+    def handed_on(self, last: bool) -> Tensor | Tokens:
+        return self.x if last or all(field is None for field in self[1:]) else self
 
 
-# What an "ahead" reducer gives back: the tokens `[B, N', C]` that are left, `merge` (`[B, N, C]` to `[B, N', C]`) and `spread`
-# (the value of each token's new token, `[B, N', C]` to `[B, N, C]`).
-Fused = tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+# What an "ahead" reducer gives back: the tokens that are left, `merge` (`[B, N, C]` to `[B, N', C]`) and `spread` (the value of
+# each token's new token, `[B, N', C]` to `[B, N, C]`).
+Fused = tuple[Tokens, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class PlainAttention(nn.Module):
@@ -90,7 +108,8 @@ class PlainAttention(nn.Module):
 
     def _fused(self, x: Tensor, bias: Tensor | None, fuse: Callable[[Tensor], Fused]) -> Tensor:
         probs = self._probabilities(*_queries_and_keys(self, x), bias)
-        left, merge, spread = fuse(probs)
+        tokens, merge, spread = fuse(probs)
+        left = tokens.x
         # A map with its columns summed and its rows averaged, times new values, is the map as it was, times the values spread
         # over the old tokens, its rows averaged after. So the map itself is never rearranged.
         mixed = self._mix(probs, _to_heads(self, spread(_values(self, left))))
@@ -116,48 +135,48 @@ class PlainBlock(nn.Module):
 
     A reducer's `place` says where it works, and so what it is called with:
 
-    - "between" attention and MLP, where it has no `place`: `(x, q, k, bias, block)`, to the tokens that are left;
+    - "between" attention and MLP, where it has no `place`: `(tokens, q, k, bias, block)`, to the `Tokens` that are left;
     - "after" the MLP: the same;
-    - "ahead", between the softmax and the values: `(x, probs, block)`, to a `Fused`.
+    - "ahead", between the softmax and the values: `(tokens, probs, block)`, to a `Fused`.
+
+    `last` is the block after which the model goes on with a plain tensor.
     """
 
-    def __init__(self, block: nn.Module, name: str, flow: Flow, first: bool) -> None:
+    def __init__(self, block: nn.Module, name: str, last: bool) -> None:
         super().__init__()
         _adopt(self, block)
         if not isinstance(self.attn, PlainAttention):
             self.attn = PlainAttention(cast(nn.Module, self.attn))
-        self.name, self.flow, self.first = name, flow, first
+        self.name, self.last = name, last
         self.reducers = nn.ModuleList()
         self.train(block.training)
 
-    def forward(self, x: Tensor, **given: Any) -> Tensor:
+    def forward(self, x: Tensor | Tokens, **given: Any) -> Tensor | Tokens:
         # BEiT and EVA hand every block their positions and masks, which are None where the block is plain.
         if unknown := [k for k, v in given.items() if v is not None and v is not False]:
             raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}=")
-        if self.first:
-            self.flow.size = None
-        size = self.flow.size
-        # Proportional attention (ToMe, section 3): a token that stands for s patches counts s times.
-        bias = None if size is None else size.log().mT[:, None]
+        tokens = Tokens.of(x)
+        bias = tokens.bias()
         norm1, q, k = cast(nn.Module, self.norm1), None, None
         if ahead := self._reducers("ahead"):
 
             def fuse(probs: Tensor) -> Fused:
-                nonlocal x
-                x, merge, spread = ahead[0](x, probs, self)
-                return norm1(x), merge, spread
+                nonlocal tokens
+                tokens, merge, spread = ahead[0](tokens, probs, self)
+                return tokens._replace(x=norm1(tokens.x)), merge, spread
 
-            y = self.attn(norm1(x), bias, fuse=fuse)
+            y = self.attn(norm1(tokens.x), bias, fuse=fuse)
         else:
-            y, q, k = self.attn(norm1(x), bias, look=True)
-        x = x + branch(self, 1, y)
+            y, q, k = self.attn(norm1(tokens.x), bias, look=True)
+        tokens = tokens._replace(x=tokens.x + branch(self, 1, y))
         for reducer in self._reducers("between"):
-            x = reducer(x, q, k, bias, self)
+            tokens = reducer(tokens, q, k, bias, self)
             q = k = None  # a second reducer in the same block would need the keys of tokens that are gone
-        x = x + branch(self, 2, cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(x)))
+        y = cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(tokens.x))
+        tokens = tokens._replace(x=tokens.x + branch(self, 2, y))
         for reducer in self._reducers("after"):
-            x = reducer(x, q, k, bias, self)
-        return x
+            tokens = reducer(tokens, q, k, bias, self)
+        return tokens.handed_on(self.last)
 
     def _reducers(self, place: str) -> list[nn.Module]:
         return [r for r in self.reducers if getattr(r, "place", "between") == place]
@@ -167,14 +186,11 @@ def plain_blocks(model: nn.Module, step: str) -> list[PlainBlock]:
     """Replace every attention block of `model`, in place, by a `PlainBlock`; refuse with the reason where one is not plain."""
     anatomy = read(model)
     anatomy.require_plain(step)
-    flow = Flow()
     blocks = []
     for i, found in enumerate(anatomy.blocks):
         block = model.get_submodule(found.name)
-        if isinstance(block, PlainBlock):
-            flow = block.flow
-        else:
-            block = PlainBlock(block, found.name, flow, first=i == 0)
+        if not isinstance(block, PlainBlock):
+            block = PlainBlock(block, found.name, last=i == len(anatomy.blocks) - 1)
             parent, _, child = found.name.rpartition(".")
             setattr(model.get_submodule(parent), child, block)
         blocks.append(block)
@@ -189,15 +205,34 @@ def places(step: Any, depth: int, default: Iterable[int]) -> list[int]:
     return at
 
 
+# Whose reductions are being written down, and where; one list for each `traced` that is open in this thread or task.
+_TRACES: ContextVar[tuple[tuple[frozenset[nn.Module], list[Reduction]], ...]] = ContextVar("traces", default=())
+
+
 @contextmanager
 def traced(model: nn.Module) -> Iterator[list[Reduction]]:
-    """`with traced(model) as trace: model(x)`: every reduction of tokens in the order in which they ran; empty if none does."""
-    flow = next((m.flow for m in model.modules() if isinstance(m, PlainBlock)), Flow())
-    flow.trace = []
+    """`with traced(model) as trace: model(x)`: every reduction of tokens in the order in which they ran; empty if none does.
+
+    Passes of the same model in other threads are not written down. A compiled model runs as it is written meanwhile.
+    """
+    blocks = frozenset(m for m in model.modules() if isinstance(m, PlainBlock))
+    compiled = any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+    trace: list[Reduction] = []
+    token = _TRACES.set((*_TRACES.get(), (blocks, trace)))
     try:
-        yield flow.trace
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield trace
     finally:
-        flow.trace = None
+        _TRACES.reset(token)
+
+
+def note(block: PlainBlock, reduction: Callable[[], Reduction]) -> None:
+    """A reducer of `block` says what it did, to whoever is listening."""
+    if torch.compiler.is_compiling():
+        return
+    for blocks, trace in _TRACES.get():
+        if block in blocks:
+            trace.append(reduction())
 
 
 def _adopt(new: nn.Module, old: nn.Module) -> None:
@@ -238,6 +273,10 @@ def _to_heads(attn: Any, x: Tensor) -> Tensor:
 
 def _rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
     """Some of the outputs of a linear layer, called as the module it is: what a quantizer holds for each output is cut alike."""
-    tensors = (*linear.named_parameters(), *linear.named_buffers())
-    outputs = cast(Any, linear).out_features
-    return functional_call(linear, {n: t[rows] for n, t in tensors if t.ndim and len(t) == outputs}, (x,))
+    with nullcontext() if torch.compiler.is_compiling() else _CUTTING:
+        tensors = (*linear.named_parameters(), *linear.named_buffers())
+        outputs = cast(Any, linear).out_features
+        return functional_call(linear, {n: t[rows] for n, t in tensors if t.ndim and len(t) == outputs}, (x,))
+
+
+_CUTTING = Lock()  # for the time of the call the layer holds some of its rows only, which no other pass may meet

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vitreous.blocks import PlainBlock
+from vitreous.blocks import PlainBlock, Tokens
 from vitreous.steps import REGISTRY, make_step, slim
 from vitreous.tokens.mctf import FEWEST
 from vitreous.tokens.sparsifiner import ConnectivityPredictor
@@ -94,7 +94,7 @@ class TestEdges:
         small = slim(original(prefix), make_step(name, **EDGES[name].most))
         left: list[int] = []
         *_, last = (m for m in small.modules() if isinstance(m, PlainBlock))
-        last.register_forward_hook(lambda _, __, out: left.append(out.shape[1]))
+        last.register_forward_hook(lambda _, __, out: left.append(Tokens.of(out).x.shape[1]))
         with torch.no_grad():
             assert torch.isfinite(small(x)).all()
         if name == "tokens.MCTF":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous import VitreousError, slim
-from vitreous.blocks import PlainBlock, traced
+from vitreous.blocks import PlainBlock, Tokens, traced
 from vitreous.quant import RepQ
 from vitreous.tokens import MCTF, EViT
 from vitreous.tokens.mctf import FuseByCriteria, attraction, bidirectional_matching
@@ -29,7 +29,7 @@ def reducers(model: nn.Module) -> list[FuseByCriteria]:
 def lengths(model: nn.Module, x: Tensor) -> list[int]:
     seen: list[int] = []
     blocks = [m for m in model.modules() if isinstance(m, PlainBlock)]
-    hooks = [b.register_forward_hook(lambda _, __, out: seen.append(out.shape[1])) for b in blocks]
+    hooks = [b.register_forward_hook(lambda _, __, out: seen.append(Tokens.of(out).x.shape[1])) for b in blocks]
     with torch.no_grad():
         model(x)
     for hook in hooks:
@@ -101,12 +101,11 @@ def test_one_block_as_published(vit: nn.Module, r: int, bidirectional: bool, ahe
     small = slim(vit, MCTF(r=r, at=(1,), one_step_ahead=ahead, bidirectional=bidirectional))
     block = next(m for m in small.modules() if isinstance(m, PlainBlock) and len(m.reducers))
     x, size = torch.randn(2, 17, 48), torch.randint(1, 5, (2, 17, 1)).float()
-    block.flow.size = size
     with torch.no_grad():
-        out = block(x)
+        out, sizes = block(Tokens(x, size))
         expected = [as_published(block, *given, r, bidirectional, ahead) for given in zip(x, size[..., 0], strict=True)]
     torch.testing.assert_close(out, torch.stack([e for e, _ in expected]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(block.flow.size[..., 0], torch.stack([s for _, s in expected]))
+    torch.testing.assert_close(sizes[..., 0], torch.stack([s for _, s in expected]))
 
 
 def test_each_criterion_counts() -> None:
@@ -162,15 +161,13 @@ def test_sizes_count_where_there_are_any(vit: nn.Module, images: Tensor) -> None
             for m in reducers(other):
                 m.taus = (1.0, 20.0, 1.0)
             assert torch.equal(small(images), other(images)) is same
+        last, entered = [m for m in two.modules() if isinstance(m, PlainBlock)][3], []
+        last.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
         two(images)
-        last = [m for m in two.modules() if isinstance(m, PlainBlock)][3]
-        assert last.flow.size is not None
-        assert (last.flow.size.sum(1) == 17).all() and last.flow.size.shape[1] == 10
+        assert (entered[0].size.sum(1) == 17).all() and entered[0].size.shape[1] == 10
         x = torch.randn(1, 10, 48)
-        last.flow.size = torch.ones(1, 10, 1)
-        plain = last(x)
-        last.flow.size = torch.arange(1.0, 11.0)[None, :, None]
-        assert not torch.allclose(last(x), plain)
+        counted = last(Tokens(x, torch.arange(1.0, 11.0)[None, :, None]))
+        assert not torch.allclose(counted, last(Tokens(x, torch.ones(1, 10, 1))))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous import VitreousError, slim
-from vitreous.blocks import Flow, PlainBlock, traced
+from vitreous.blocks import PlainBlock, Reduction, Tokens, traced
 from vitreous.steps import Step
 from vitreous.tokens import EViT, RandomChoice, UniformPooling
 from vitreous.tokens.pooling import PoolGrid
@@ -23,19 +24,18 @@ from vitreous.tokens.random_choice import KeepDrawn
 STEPS = [RandomChoice(keep=0.5), UniformPooling()]
 
 
-class Block:
-    """What a reducer needs of its block."""
-
-    name = "b"
-
-    def __init__(self, size: Tensor | None = None) -> None:
-        self.flow = Flow(size, [])
+def reduced(reducer: nn.Module, x: Tensor, size: Tensor | None = None) -> tuple[Tokens, Reduction]:
+    """What a reducer leaves, and what it says that it did."""
+    block = PlainBlock(cast(Any, small_vit(depth=1)).blocks[0], "b", last=False)
+    with traced(block) as trace:
+        out = reducer(Tokens(x, size), x, x, None, block)
+    return out, trace[0]
 
 
 def lengths(model: nn.Module, x: Tensor) -> list[int]:
     seen: list[int] = []
     blocks = [m for m in model.modules() if isinstance(m, PlainBlock)]
-    hooks = [b.register_forward_hook(lambda _, __, out: seen.append(out.shape[1])) for b in blocks]
+    hooks = [b.register_forward_hook(lambda _, __, out: seen.append(Tokens.of(out).x.shape[1])) for b in blocks]
     with torch.no_grad():
         model(x)
     for hook in hooks:
@@ -63,11 +63,9 @@ def test_random_choice_keeps_what_it_says(images: Tensor) -> None:
     assert lengths(slim(small_vit(), RandomChoice(keep=0.01, at=(0,))), images) == [2] * 4
     reducer = KeepDrawn(0.5, 1, 16, torch.Generator().manual_seed(0))
     x, size = torch.randn(2, 17, 3), torch.rand(2, 17, 1)
-    block = Block(size)
-    out = reducer(x, x, x, None, block)
+    (out, sizes), trace = reduced(reducer, x, size)
     kept = [0, *sorted((reducer.rank.argsort()[:8] + 1).tolist())]
-    assert torch.equal(out, x[:, kept]) and torch.equal(block.flow.size, size[:, kept])
-    (trace,) = block.flow.trace or []
+    assert torch.equal(out, x[:, kept]) and sizes is not None and torch.equal(sizes, size[:, kept])
     torch.testing.assert_close(trace.matrix() @ x, out)
 
 
@@ -84,22 +82,19 @@ def test_every_patch_is_as_likely() -> None:
 def test_pooling_averages_two_by_two(grid: tuple[int, int], prefix: int) -> None:
     h, w = grid
     x = torch.randn(2, prefix + h * w, 3)
-    block = Block()
-    out = PoolGrid(grid, prefix)(x, x, x, None, block)
+    (out, sizes), trace = reduced(PoolGrid(grid, prefix), x)
     image = x[:, prefix:].mT.unflatten(-1, grid)
     pooled = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False).flatten(2).mT
     torch.testing.assert_close(out, torch.cat([x[:, :prefix], pooled], 1))
-    assert block.flow.size is not None and (block.flow.size.sum(1) == prefix + h * w).all()
-    (trace,) = block.flow.trace or []
+    assert sizes is not None and (sizes.sum(1) == prefix + h * w).all()
     torch.testing.assert_close(trace.matrix() @ x, out)
 
 
 def test_pooling_weighs_by_size() -> None:
     x, size = torch.randn(1, 4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]
-    block = Block(size)
-    out = PoolGrid((2, 2), 0)(x, x, x, None, block)
+    (out, sizes), _ = reduced(PoolGrid((2, 2), 0), x, size)
     torch.testing.assert_close(out[0, 0], (x * size).sum((0, 1)) / 10)
-    assert block.flow.size is not None and block.flow.size.item() == 10
+    assert sizes is not None and sizes.item() == 10
 
 
 def test_pooling_down_to_one_token(images: Tensor) -> None:

@@ -11,7 +11,7 @@ from support import filled, golden, small_vit
 from torch import Tensor, nn
 
 from vitreous import VitreousError, slim
-from vitreous.blocks import PlainBlock, traced
+from vitreous.blocks import PlainBlock, Tokens, traced
 from vitreous.steps import Step
 from vitreous.tokens import EViT, ToMe
 from vitreous.tokens.tome import bipartite_soft_matching
@@ -37,7 +37,7 @@ def lengths(model: nn.Module, x: Tensor) -> list[int]:
     """Tokens that leave each block."""
     seen: list[int] = []
     hooks = [
-        m.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+        m.register_forward_hook(lambda _, __, out: seen.append(Tokens.of(out).x.shape[1]))
         for m in model.modules()
         if isinstance(m, PlainBlock)
     ]
@@ -74,11 +74,9 @@ def test_evit_fuses_the_rest_by_attention(vit: nn.Module, images: Tensor) -> Non
         class attn:
             scale = 0.25
 
-        from vitreous.blocks import Flow
+        name = "b"
 
-        flow, name = Flow(), "b"
-
-    out = reducer(x, q, k, None, Block())
+    out = reducer(Tokens(x), q, k, None, Block()).x
     scores = (q[:, :, :1] @ k.mT / 4).softmax(-1).mean((1, 2))[:, 1:]
     weights = scores.clone().scatter_(1, scores.topk(4).indices, 0.0)
     assert out.shape == (2, 6, 48)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock
+from ..blocks import PlainBlock, Tokens
 from ..errors import VitreousError
 from ..tokens.slimming import ReverseSlimming, TokenSlimmingModule
 
@@ -87,7 +87,7 @@ def _patches_of_blocks(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor
     """What the model answers, and the patches `[B, N, C]` that leave each of its blocks."""
     anatomy, seen = read(model), cast(list[Tensor], [])
     hooks = [
-        model.get_submodule(b.name).register_forward_hook(lambda _, __, out: seen.append(out[:, anatomy.prefix :]))
+        model.get_submodule(b.name).register_forward_hook(lambda _, __, out: seen.append(Tokens.of(out).x[:, anatomy.prefix :]))
         for b in anatomy.blocks
     ]
     try:

@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..blocks import Flow, PlainBlock
+from ..blocks import PlainBlock
 from ..errors import VitreousError
 from ..tokens.slimming import ReverseSlimming, TokenSlimmingModule, init_linears
 from .official import official
@@ -113,7 +113,7 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
 
-        flow, blocks = Flow(), []
+        blocks = []
         rates = cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))
         for i in range(depth):
             block: Any = Block(
@@ -127,7 +127,7 @@ class SiT(nn.Module):
                 norm_layer=nn.LayerNorm,
             )
             block.ls1, block.ls2 = Divide(skip_lam), Divide(skip_lam)
-            blocks.append(PlainBlock(block, f"blocks.{i}", flow, first=i == 0))
+            blocks.append(PlainBlock(block, f"blocks.{i}", last=i == depth - 1))
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(embed_dim)
         self._set_heads(num_classes)

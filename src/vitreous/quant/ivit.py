@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import project, read
-from ..blocks import PlainAttention, PlainBlock, plain_blocks
+from ..blocks import PlainAttention, PlainBlock, Tokens, plain_blocks
 from ..errors import VitreousError
 from ..operators import matmul_integer, quantize, shift_right
 from ..steps import Step, step
@@ -109,8 +109,9 @@ class IntegerBlock(PlainBlock):
     Reducers are shown floats, and what they return is put on the grid again.
     """
 
-    def __init__(self, block: PlainBlock, ranges: Ranges, before: Grid) -> None:
-        super().__init__(block, block.name, block.flow, block.first)
+    def __init__(self, block: PlainBlock, ranges: Ranges, before: Grid, first: bool) -> None:
+        super().__init__(block, block.name, block.last)
+        self.first = first
         self.reducers = block.reducers
         name = block.name
         middle, after = (Grid.signed(ranges[f"{name}.{place}"], 16) for place in ("mid", "out"))
@@ -125,23 +126,21 @@ class IntegerBlock(PlainBlock):
             if hasattr(self, old):
                 delattr(self, old)
 
-    def forward(self, x: Tensor, **given: Any) -> Tensor:
-        if self.first:
-            self.flow.size = None
-            x = x.clamp(*INT16)
-        size = self.flow.size
-        bias = None if size is None else size.log().mT[:, None]
+    def forward(self, given: Tensor | Tokens, **_: Any) -> Tensor | Tokens:
+        tokens = Tokens.of(given)
+        x, bias = tokens.x.clamp(*INT16) if self.first else tokens.x, tokens.bias()
         if self._reducers("ahead"):
             raise VitreousError(f"quant.IViT: tokens cannot be fused inside the integer attention of '{self.name}'")
         y, *seen = self.attn(self.norm1(x), bias, look=True) if len(self.reducers) else (self.attn(self.norm1(x), bias),)
         x = (self.keep1(x) + y).clamp(*INT16)
         for reducer in self._reducers("between"):
-            x = to_grid(reducer(x.float() * self.middle.scale, *seen, bias, self), self.middle.scale)
-            seen = [None, None]  # as in a PlainBlock
+            tokens = reducer(tokens._replace(x=x.float() * self.middle.scale), *seen, bias, self)
+            x, seen = to_grid(tokens.x, self.middle.scale), [None, None]  # as in a PlainBlock
         x = (self.keep2(x) + self.mlp(self.norm2(x))).clamp(*INT16)
         for reducer in self._reducers("after"):
-            x = to_grid(reducer(x.float() * self.after.scale, *seen, bias, self), self.after.scale)
-        return x
+            tokens = reducer(tokens._replace(x=x.float() * self.after.scale), *seen, bias, self)
+            x = to_grid(tokens.x, self.after.scale)
+        return tokens._replace(x=x).handed_on(self.last)
 
 
 @step("quant")
@@ -208,7 +207,7 @@ class IViT(Step):
                 before = Grid.signed(ranges[f"{first}.in"], 16)
                 put(model, name, IntegerNorm(cast(nn.LayerNorm, model.get_submodule(name)), before))
         for block in blocks:
-            new = IntegerBlock(block, ranges, before)
+            new = IntegerBlock(block, ranges, before, first=block is blocks[0])
             put(model, block.name, new)
             before = new.after
         heads = [name for name, kind in outside.items() if kind == "head"]
@@ -306,7 +305,7 @@ def survey(model: nn.Module, blocks: list[PlainBlock], images: Tensor) -> dict[s
         see(f"{names[m]}.in", given[0])
 
     def layer_out(m: nn.Module, _: Any, out: Tensor) -> None:
-        see(f"{names[m]}.out", out)
+        see(f"{names[m]}.out", Tokens.of(out).x)
 
     def attention(m: nn.Module, given: Any) -> None:
         a = cast(Any, m)
@@ -319,9 +318,9 @@ def survey(model: nn.Module, blocks: list[PlainBlock], images: Tensor) -> dict[s
     def block_in(m: nn.Module, given: Any) -> None:
         nonlocal started
         if m is blocks[0] and not any(kind == "before" for kind in outside.values()):
-            see("tokens", given[0])
+            see("tokens", Tokens.of(given[0]).x)
         started = True
-        see(f"{names[m]}.in", given[0])
+        see(f"{names[m]}.in", Tokens.of(given[0]).x)
 
     def other(m: nn.Module, given: Any) -> None:
         if isinstance(m, nn.Conv2d):

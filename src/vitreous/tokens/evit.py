@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, places, plain_blocks
+from ..blocks import PlainBlock, Reduction, Tokens, note, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -22,12 +22,12 @@ class KeepByClassAttention(nn.Module):
         super().__init__()
         self.keep, self.prefix, self.class_token, self.fuse = keep, prefix, class_token, fuse
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tensor:
-        p = self.prefix
+    def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
+        x, size, p = tokens.x, tokens.size, self.prefix
         n = x.shape[1] - p
         left = math.ceil(self.keep * n)
         if left >= n:
-            return x
+            return tokens
         # Only the class token's row of the attention map is needed, so the fused kernel can do the rest.
         rows = q[:, :, :1] if self.class_token else q
         scores = rows * cast(float, block.attn.scale) @ k.mT
@@ -38,14 +38,12 @@ class KeepByClassAttention(nn.Module):
         if self.fuse:
             weight = scores.gather(1, order[:, left:])
             parts.append(weight[:, None].to(x.dtype) @ sorted_x[:, left:])
-        size = block.flow.size
         if size is not None:
             s = size[:, p:].gather(1, order[..., None])
             sizes = [size[:, :p], s[:, :left]] + ([s[:, left:].sum(1, keepdim=True)] if self.fuse else [])
-            block.flow.size = torch.cat(sizes, 1)
-        if block.flow.trace is not None:
-            block.flow.trace.append(self._reduction(order, scores, left, block.name))
-        return torch.cat(parts, 1)
+            size = torch.cat(sizes, 1)
+        note(block, lambda: self._reduction(order, scores, left, block.name))
+        return Tokens(torch.cat(parts, 1), size)
 
     def _reduction(self, order: Tensor, scores: Tensor, left: int, layer: str) -> Reduction:
         b, n = order.shape

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import Fused, PlainBlock, Reduction, places, plain_blocks
+from ..blocks import Fused, PlainBlock, Reduction, Tokens, note, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -116,13 +116,13 @@ class FuseByCriteria(nn.Module):
         self.taus = (step.tau_sim, step.tau_info, step.tau_size)
         self.place = "ahead" if step.one_step_ahead else "after"
 
-    def forward(self, x: Tensor, *given: Any) -> Any:
+    def forward(self, tokens: Tokens, *given: Any) -> Any:
         if self.place == "ahead":
             probs, block = given
-            return self.fuse(x, probs, block)
+            return self.fuse(tokens, probs, block)
         q, k, bias, block = given
         scores = q * cast(float, block.attn.scale) @ k.mT
-        return self.fuse(x, (scores if bias is None else scores + bias).softmax(-1), block)[0]
+        return self.fuse(tokens, (scores if bias is None else scores + bias).softmax(-1), block)[0]
 
     def number(self, n: int) -> int:
         """How many of `n` tokens go."""
@@ -131,10 +131,11 @@ class FuseByCriteria(nn.Module):
         r = int((n - self.prefix) * self.r) if self.r < 1 else min(int(self.r), n - FEWEST)
         return min(r, (n - self.prefix) // 2)
 
-    def fuse(self, x: Tensor, probs: Tensor, block: PlainBlock) -> Fused:
-        r, size = self.number(x.shape[1]), block.flow.size
+    def fuse(self, tokens: Tokens, probs: Tensor, block: PlainBlock) -> Fused:
+        x, size = tokens
+        r = self.number(x.shape[1])
         if r == 0:
-            return x, lambda t: t, lambda t: t
+            return tokens, lambda t: t, lambda t: t
         with torch.no_grad():  # who goes where is no function to learn
             received = probs.float().mean((1, 2)).clamp_min(1e-12)  # [B, N]
             scores = attraction(x, received, size, self.prefix, *self.taus)
@@ -143,10 +144,9 @@ class FuseByCriteria(nn.Module):
             size = torch.ones_like(x[..., :1]) if size is None else size
             weight = received[..., None] * size.float()
             share = (weight / pick(pairs.merge(weight), into)).to(x.dtype)  # of each token in its new one
-            block.flow.size = pairs.merge(size)
-        if block.flow.trace is not None:
-            block.flow.trace.append(Reduction(block.name, into, share[..., 0], x.shape[1] - r))
-        return pairs.merge(x * share), lambda t: pairs.merge(t * share), lambda t: pick(t, into)
+            size = pairs.merge(size)
+        note(block, lambda: Reduction(block.name, into, share[..., 0], x.shape[1] - r))
+        return Tokens(pairs.merge(x * share), size), lambda t: pairs.merge(t * share), lambda t: pick(t, into)
 
 
 @step("tokens")

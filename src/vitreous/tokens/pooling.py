@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, places, plain_blocks
+from ..blocks import PlainBlock, Reduction, Tokens, note, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -22,21 +22,19 @@ class PoolGrid(nn.Module):
         super().__init__()
         self.grid, self.prefix = grid, prefix
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tensor:
-        (h, w), p = self.grid, self.prefix
+    def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
+        (x, size), (h, w), p = tokens, self.grid, self.prefix
         if x.shape[1] != p + h * w:
             raise VitreousError(
                 f"tokens.UniformPooling: {x.shape[1] - p} patches enter block '{block.name}' and not a grid of {h} × {w}: "
                 "keep to the image size, and let no other step shorten the tokens before"
             )
         if h * w == 1:
-            return x
-        size = block.flow.size
+            return tokens
         size = torch.ones_like(x[..., :1]) if size is None else size
-        block.flow.size = self._sum(size)
-        if block.flow.trace is not None:
-            block.flow.trace.append(self._reduction(size[..., 0], block.name))
-        return self._sum(x * size) / block.flow.size
+        pooled = self._sum(size)
+        note(block, lambda: self._reduction(size[..., 0], block.name))
+        return Tokens(self._sum(x * size) / pooled, pooled)
 
     def _sum(self, x: Tensor) -> Tensor:
         h, w = self.grid

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, places, plain_blocks
+from ..blocks import PlainBlock, Reduction, Tokens, note, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -26,25 +26,26 @@ class KeepDrawn(nn.Module):
         # Integers, so that half precision draws the same; of fewer patches those that come first keep their order.
         self.register_buffer("rank", torch.randperm(patches, generator=generator))
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tensor:
-        p = self.prefix
+    def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
+        (x, size), p = tokens, self.prefix
         n = x.shape[1] - p
         left = math.ceil(self.keep * n)
         if left >= n:
-            return x
+            return tokens
         if n > len(self.rank):
             raise VitreousError(f"tokens.RandomChoice drew among {len(self.rank)} patches, the image has {n}: keep to the size")
         order = self.rank[:n].argsort()
         kept = torch.cat([torch.arange(p, device=x.device), order[:left].sort().values + p])
-        if block.flow.size is not None:
-            block.flow.size = block.flow.size[:, kept]
-        if block.flow.trace is not None:
-            into = torch.full((p + n,), p + left, device=x.device)  # beyond the last token: given up
-            into[kept] = torch.arange(p + left, device=x.device)
-            weight = (into < p + left).to(x.dtype)
-            b = len(x)
-            block.flow.trace.append(Reduction(block.name, into.expand(b, -1), weight.expand(b, -1), p + left, rest=p + left))
-        return x[:, kept]
+        note(block, lambda: self._reduction(kept, x, block.name))
+        return Tokens(x[:, kept], None if size is None else size[:, kept])
+
+    def _reduction(self, kept: Tensor, x: Tensor, layer: str) -> Reduction:
+        b, n, _ = x.shape
+        left = len(kept)
+        into = torch.full((n,), left, device=x.device)  # beyond the last token: given up
+        into[kept] = torch.arange(left, device=x.device)
+        weight = (into < left).to(x.dtype)
+        return Reduction(layer, into.expand(b, -1), weight.expand(b, -1), left, rest=left)
 
 
 @step("tokens")

@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..anatomy import branch, emit, project, read
-from ..blocks import PlainAttention, PlainBlock, Reduction, plain_blocks
+from ..blocks import PlainAttention, PlainBlock, Reduction, Tokens, note, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -47,8 +47,7 @@ class WindowPooling(nn.Module):
         score = self.score(patches.mT.unflatten(-1, self.grid)).flatten(2)  # [B, 1, h·w]
         own = self.window == torch.arange(self.windows, device=x.device)[:, None]
         weights = torch.where(own, score, float("-inf")).softmax(-1)  # [B, windows, h·w]
-        if block.flow.trace is not None:
-            block.flow.trace.append(self._reduction(weights, block.name))
+        note(block, lambda: self._reduction(weights, block.name))
         tokens = torch.cat([prefix, weights @ patches], 1)
         return tokens, tokens, patches
 
@@ -123,20 +122,18 @@ class SemanticBlock(PlainBlock):
     """
 
     def __init__(self, block: PlainBlock, entry: WindowPooling | Centers, rows: int) -> None:
-        super().__init__(block, block.name, block.flow, block.first)
+        super().__init__(block, block.name, block.last)
         self.attn = CenterAttention(cast(PlainAttention, self.attn), rows)
         self.reducers.append(entry)
 
-    def forward(self, x: Tensor, **given: Any) -> Tensor:
+    def forward(self, x: Tensor | Tokens, **given: Any) -> Tensor:
         if unknown := [k for k, v in given.items() if v is not None and v is not False]:
             raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}=")
-        if self.first:
-            self.flow.size = None
-        query, tokens, patches = self.reducers[0](x, self)
+        query, tokens, patches = self.reducers[0](Tokens.of(x).x, self)
         y = self.attn(cast(nn.Module, self.norm1)(torch.cat([query, tokens, patches], 1)))
-        x = query + branch(self, 1, y)
-        x = x + branch(self, 2, cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(x)))
-        return torch.cat([x, patches], 1) if isinstance(self.reducers[0], WindowPooling) else x
+        y = query + branch(self, 1, y)
+        y = y + branch(self, 2, cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(y)))
+        return torch.cat([y, patches], 1) if isinstance(self.reducers[0], WindowPooling) else y
 
 
 @step("tokens")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, places, plain_blocks
+from ..blocks import PlainBlock, Reduction, Tokens, note, places, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -40,12 +40,12 @@ class TokenSlimmingModule(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
         init_linears(self)
 
-    def forward(self, x: Tensor, q: Tensor | None, k: Tensor | None, bias: Tensor | None, block: PlainBlock) -> Tensor:
+    def forward(self, tokens: Tokens, q: Tensor | None, k: Tensor | None, bias: Tensor | None, block: PlainBlock) -> Tokens:
+        x = tokens.x
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
         shares = (self.weight(patches) * self.scale).softmax(1).mT  # [B, keep, N]
-        if block.flow.trace is not None:
-            block.flow.trace.append(self._reduction(shares, block.name))
-        return torch.cat([prefix, shares @ patches], 1)
+        note(block, lambda: self._reduction(shares, block.name))
+        return Tokens(torch.cat([prefix, shares @ patches], 1))
 
     def _reduction(self, shares: Tensor, layer: str) -> Reduction:
         (b, keep, n), p = shares.shape, self.prefix

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import emit, project, read
-from ..blocks import PlainAttention, plain_blocks
+from ..blocks import PlainAttention, Tokens, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -132,7 +132,7 @@ class Sparsifiner(Step):
         tokens = []
         with torch.no_grad():
             for block in blocks:
-                tokens.append(x.shape[1])
+                tokens.append(Tokens.of(x).x.shape[1])
                 x = block(x)
         return {"tokens": tokens}
 

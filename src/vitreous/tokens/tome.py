@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, Reduction, plain_blocks
+from ..blocks import PlainBlock, Reduction, Tokens, note, plain_blocks
 from ..errors import VitreousError
 from ..steps import Step, step
 
@@ -64,17 +64,16 @@ class MergeSimilar(nn.Module):
         super().__init__()
         self.r, self.prefix = r, prefix
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tensor:
+    def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
+        x, size = tokens
         r = min(self.r, (x.shape[1] - self.prefix) // 2)
         if r <= 0:
-            return x
+            return tokens
         merge, into = bipartite_soft_matching(k.mean(1), r, self.prefix)
-        size = block.flow.size
-        size = x.new_ones(x.shape[0], x.shape[1], 1) if size is None else size
-        block.flow.size = merge(size)
-        if block.flow.trace is not None:
-            block.flow.trace.append(Reduction(block.name, into(), size[..., 0], x.shape[1] - r))
-        return merge(x * size) / block.flow.size
+        size = torch.ones_like(x[..., :1]) if size is None else size
+        merged = merge(size)
+        note(block, lambda: Reduction(block.name, into(), size[..., 0], x.shape[1] - r))
+        return Tokens(merge(x * size) / merged, merged)
 
 
 @step("tokens")
