@@ -52,6 +52,13 @@ def images(model: nn.Module, given: Any) -> Tensor:
     return x
 
 
+def example(model: nn.Module) -> Tensor:
+    """Noise `[1, C, H, W]` of the size that `model` is made for. Raises `VitreousError` for a model that tells of none."""
+    if (size := _size(model)) is None:
+        raise VitreousError(f"{type(model).__name__} tells of no size of images: give some")
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+
+
 # ---- forms
 
 
@@ -216,6 +223,10 @@ def _size(model: nn.Module) -> tuple[int, int, int] | None:
         if side or size:
             h, w = size[1:] if not side else side if isinstance(side, (tuple, list)) else (side, side)
             return getattr(m, "in_chans", None) or (size or (3,))[0], h, w
+        config = getattr(m, "config", None)  # of Hugging Face
+        if side := getattr(config, "image_size", None) or getattr(m, "image_size", None):
+            h, w = side if isinstance(side, (tuple, list)) else (side, side)
+            return getattr(config, "num_channels", 3), h, w
     return None
 
 

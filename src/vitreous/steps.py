@@ -59,6 +59,10 @@ class Step:
     def fit(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any] | None:
         return None
 
+    def covers(self, model: nn.Module, calibration: Tensor | None) -> str:
+        """How much of the changed model the step reached, and what it left out and why; empty where that says nothing."""
+        return ""
+
     def refuse_after(self, done: Sequence[Step]) -> str:
         """Why this step makes no sense after those; empty when it does."""
         return ""
@@ -94,8 +98,9 @@ class Step:
             plan = self.plan(new, calibration)
             self.build(new, plan)
             plan = plan | (self.fit(new, calibration) or {})
-        new.vitreous = History(history.base, [*history.done, (self, plan)])  # type: ignore[assignment]
-        return new.eval()
+            if covers := self.covers(new, calibration):
+                plan["covers"] = covers
+        return remember(new, History(history.base, [*history.done, (self, plan)])).eval()
 
     def to_dict(self) -> dict[str, Any]:
         return {"step": self.name, **asdict(self)}
@@ -228,10 +233,20 @@ class History:
     def steps(self) -> list[Step]:
         return [s for s, _ in self.done]
 
+    def __str__(self) -> str:
+        return "\n".join(f"{s}: {plan['covers']}" if plan.get("covers") else str(s) for s, plan in self.done)
+
 
 def history_of(model: nn.Module) -> History:
     history = getattr(model, "vitreous", None)
     return history if isinstance(history, History) else History()
+
+
+def remember(model: nn.Module, history: History) -> nn.Module:
+    """Let `model` know how it came to be; its `repr` then begins with its steps and what they covered."""
+    model.vitreous = history  # type: ignore[assignment]
+    model.extra_repr = functools.partial(str, history)  # type: ignore[assignment]
+    return model
 
 
 def refuse_nan(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .errors import VitreousError, nearest
 from .files import check, write_whole
 from .models.bundled import vit_fashion
-from .steps import History, history_of, make_step, refuse_nan
+from .steps import History, history_of, make_step, refuse_nan, remember
 
 BUNDLED = "vit_fashion"
 KEY = "vitreous"
@@ -192,5 +192,4 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
             model = model.to(p.dtype)
             break
     _fill(model, state, str(path))
-    model.vitreous = History(named, done)  # type: ignore[assignment]
-    return model.eval()
+    return remember(model, History(named, done)).eval()

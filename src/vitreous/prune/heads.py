@@ -109,9 +109,11 @@ class Heads(Step):
         return "the scales were calibrated with all heads: prune first" if quantized else ""
 
     def plan(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any]:
-        """`{"heads": …}`: for each block the numbers of the heads to remove."""
+        """`heads`: for each block the numbers of the heads to remove. `covers`: how many that is."""
         assert calibration is not None
-        return {"heads": least(importance(model, calibration), self.share)}
+        scores = importance(model, calibration)
+        heads = least(scores, self.share)
+        return {"heads": heads, "covers": f"{sum(map(len, heads))} of {sum(map(len, scores))} heads removed"}
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         blocks = plain_blocks(model, self.name)

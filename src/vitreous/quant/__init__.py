@@ -2,6 +2,7 @@
 
 from .adalog import AdaLog
 from .auto import Auto, why
+from .coverage import Coverage, coverage
 from .dopq import DopQ
 from .gradient import GradientPTQ
 from .isvit import ISViT
@@ -21,6 +22,7 @@ __all__ = [
     "MSE",
     "AdaLog",
     "Auto",
+    "Coverage",
     "DopQ",
     "GradientPTQ",
     "ISViT",
@@ -32,5 +34,6 @@ __all__ = [
     "RepQ",
     "SmoothQuant",
     "WeightOnly",
+    "coverage",
     "why",
 ]

@@ -179,6 +179,8 @@ class Scale(nn.Module):
 class IntegerLinear(nn.Module):
     """int8 `[..., K]` to what `out`, a `Requantize` or `Scale`, makes of the int32 accumulators `[..., O]`."""
 
+    low_bits = "W8A8"
+
     def __init__(self, weight: Tensor, out: nn.Module) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)

@@ -16,6 +16,7 @@ from ..operators import matmul_integer, quantize, shift_right
 from ..steps import Step, step
 from ..work import tick
 from . import calibration as images_at_once
+from .coverage import coverage
 from .integer import (
     INT8,
     INT16,
@@ -55,6 +56,8 @@ class IntegerPatches(nn.Module):
 
 class IntegerAttention(PlainAttention):
     """Attention on integers: int8 tokens `[B, N, C]` to integers on the residual grid `[B, N, C]`."""
+
+    low_bits = "A8A8"
 
     def __init__(self, attn: nn.Module, name: str, ranges: Ranges, x: Grid, residual: Grid, gamma: Tensor | None) -> None:
         super().__init__(attn)
@@ -236,6 +239,9 @@ class IViT(Step):
             raise VitreousError(
                 f"{self.name}: {type(model).__name__} does not run on integers outside of its blocks: {reason}"
             ) from error
+
+    def covers(self, model: nn.Module, calibration: Tensor | None) -> str:
+        return str(coverage(model, calibration))
 
 
 def joined(attn: Any) -> tuple[Tensor, Tensor | None]:

@@ -144,6 +144,10 @@ class QuantLinear(nn.Linear):
         self.quant_x, self.quant_w, self.after = x, w, after
         self.train(linear.training)
 
+    @property
+    def low_bits(self) -> str:
+        return f"W{self.quant_w.bits}A{self.quant_x.bits}"
+
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(self.quant_x(input), self.quant_w(self.weight), self.bias)
 
@@ -169,6 +173,10 @@ class QuantConv2d(nn.Conv2d):
         self.weight, self.bias = conv.weight, conv.bias
         self.quant_x, self.quant_w = x, w
         self.train(conv.training)
+
+    @property
+    def low_bits(self) -> str:
+        return f"W{self.quant_w.bits}A{self.quant_x.bits}"
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(self.quant_x(input), self.quant_w(self.weight), self.bias)

@@ -15,6 +15,7 @@ from ..blocks import PlainBlock, plain_blocks
 from ..errors import VitreousError
 from ..processor import saturates
 from ..steps import Step
+from .coverage import coverage
 from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
 
 
@@ -111,6 +112,9 @@ class PostTraining(Step):
             bits = f"{self.weights}-bit weights and {self.activations}-bit activations"
             mixed = ", mixed by layer within that budget," if plan["bits"] else ""
             model.simulated = f"{bits}{mixed} are computed in floats: no runtime executes them"  # type: ignore[assignment]
+
+    def covers(self, model: nn.Module, calibration: Tensor | None) -> str:
+        return str(coverage(model, calibration))
 
     def _operands(self, qk: tuple[int, int], av: tuple[int, int], limit: int | None) -> nn.ModuleDict:
         """Rows of softmax sum to 1, so products with them cannot overflow; of queries and keys one must be halved."""

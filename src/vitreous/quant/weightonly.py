@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import VitreousError
 from ..steps import Step, step
 from ..work import part, tick
+from .coverage import coverage
 from .gptq import input_grams, second_order_rounding
 from .layers import IN_TORCH, Quantizer
 from .rounding import SoftRounding, decide
@@ -49,6 +50,10 @@ class WeightOnlyLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.quant_w = w
         self.train(linear.training)
+
+    @property
+    def low_bits(self) -> str:
+        return f"W{self.quant_w.bits}"
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.quant_w(self.weight), self.bias)
@@ -125,6 +130,9 @@ class WeightOnly(Step):
                 rounded = self._rounded(model, layers, calibration)
             for name, weight in rounded.items():
                 layers[name].weight.copy_(weight)
+
+    def covers(self, model: nn.Module, calibration: Tensor | None) -> str:
+        return str(coverage(model, calibration))
 
     def _rounded(self, model: nn.Module, layers: dict[str, WeightOnlyLinear], calibration: Tensor) -> dict[str, Tensor]:
         method = second_order_rounding if self.rounding == "second-order" else learned_rounding

@@ -1,0 +1,74 @@
+"""Shares of multiplications in few bits are those that the shapes give, and what is left is named with its reason."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from support import small_vit
+from torch import Tensor, nn
+
+import vitreous as vt
+from vitreous.quant import coverage
+
+# A small_vit of 2 blocks: 17 tokens of 48 values, 3 heads, patches of 3·8·8, 7 classes, one image.
+N, C, D = 17, 48, 2
+PATCHES, HEAD, LINEAR, PRODUCT = 16 * 192 * C, 7 * C, D * N * 12 * C * C, D * N * N * C  # one of the two products of attention
+TOTAL = PATCHES + HEAD + LINEAR + 2 * PRODUCT
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small_vit(depth=D)
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_floats_are_nothing_and_named(model: nn.Module) -> None:
+    found = coverage(model)
+    assert found.quantized == 0 and found.shares == {"floats": pytest.approx(1)}
+    assert sum(one.share for one in found.left) == pytest.approx(1)
+
+
+SHARES = {
+    "MinMax()": {"W8A8": PATCHES + HEAD + LINEAR, "A8A8": PRODUCT, "floats": PRODUCT},
+    "MinMax(softmax=True)": {"W8A8": PATCHES + HEAD + LINEAR, "A8A8": 2 * PRODUCT},
+    "RepQ(weights=4, activations=4)": {"W4A4": HEAD + LINEAR, "W4A8": PATCHES, "A4A4": 2 * PRODUCT},
+    "Auto()": {"W8A8": PATCHES + HEAD + LINEAR, "floats": 2 * PRODUCT},
+    "WeightOnly(bits=4)": {"W4": HEAD + LINEAR, "floats": PATCHES + 2 * PRODUCT},
+    "IViT()": {"W8A8": PATCHES + HEAD + LINEAR, "A8A8": 3 * PRODUCT},  # softmax in two halves
+}
+
+
+@pytest.mark.parametrize("recipe", SHARES)
+def test_shares_are_those_of_the_shapes(recipe: str, model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    small = vt.slim(model, vt.Recipe.parse(recipe), x)
+    expected = SHARES[recipe]
+    found = coverage(small, x)
+    assert found.shares == pytest.approx({k: v / sum(expected.values()) for k, v in expected.items()})
+    if recipe != "IViT()":
+        assert sum(expected.values()) == TOTAL
+    assert sum(one.share for one in found.left) == pytest.approx(expected.get("floats", 0) / sum(expected.values()))
+    # People see it where they look at the model, again after loading.
+    assert str(found) in repr(small) and str(found) in repr(copy.deepcopy(small))
+    again = vt.load(vt.save(small, tmp_path / "small.safetensors"), base=model)
+    assert str(found) in repr(again)
+
+
+def test_what_is_left_says_why(x: Tensor) -> None:
+    said = str(coverage(vt.slim(small_vit(depth=2), vt.quant.MinMax(), x)))
+    share = 100 * PRODUCT / TOTAL
+    assert f"{share:.1f} % blocks.0.attn, blocks.1.attn (softmax times values)" in said
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(1, 1), num_heads=(1, 2)).eval()
+    swin = vt.slim(swin, vt.quant.MinMax(), torch.rand(2, 3, 56, 56) - 0.5)
+    assert "attention of a block that is not plain" in repr(swin)
+
+
+def test_heads_say_how_many_are_gone(model: nn.Module, x: Tensor) -> None:
+    assert "prune.Heads(share=0.34): 2 of 6 heads removed" in repr(vt.slim(model, vt.prune.Heads(share=0.34), x))
