@@ -267,7 +267,7 @@ def test_progress_names_the_tasks_and_ends_full(vit, images, explain, quick):
         (dict(data=(torch.zeros(2, 3, 32), None)), r"\[B, C, H, W\]"),
         (dict(data=(torch.zeros(2, 3, 32, 32), torch.tensor([0, 9]))), "below 5"),
         (dict(data=(torch.zeros(2, 3, 30, 30), None)), "'vit' fails on images of shape"),
-        (dict(models={"odd": lambda x: {"logits": x}}), "'odd' gives dict"),
+        (dict(models={"odd": lambda x: {"logits": "cat"}}), "'odd' gives"),
     ],
 )
 def test_bad_input(vit, images, explain, change, message, quick):

@@ -84,7 +84,7 @@ def interleave(
 
 
 def latencies(
-    calls: Mapping[str, Callable[[Tensor], Tensor]],
+    calls: Mapping[str, Callable[[Tensor], object]],
     images: Tensor,
     *,
     reference: str,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from .answers import Answers, compare
+from .batches import batches as in_batches
+from .batches import count
 from .cost import Cost, cost
 from .drift import Drift, Explain, drifts
 from .latency import Latency, latencies
 from .machine import describe
 from .result import Result
-from .subject import Model, at_rest, caller, simulated
+from .subject import Model, at_rest, caller, named, simulated
 from .table import table
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, Tensor | np.ndarray | None]]
 Progress = Callable[[str, float], None]
 
-BATCH = 64
 DRIFT_IMAGES = 64
 
 
@@ -79,8 +80,8 @@ class Proof(Result):
 
 
 def prove(
-    models: Mapping[str, Model],
-    data: Data | tuple[Tensor, Tensor | np.ndarray | None] | Batches,
+    models: Mapping[str, Model] | Sequence[Model],
+    data: Data | tuple[Tensor, Tensor | np.ndarray | None] | Tensor | Batches,
     *,
     batches: Sequence[int] = (1, 64),
     rounds: int | None = None,
@@ -92,11 +93,13 @@ def prove(
 ) -> Proof:
     """Measure `models` on the same images, in interleaved order, each against the first.
 
-    - `models`: name to `nn.Module`, or to any callable from images `[B, C, H, W]` to outputs `[B, K]`. One that calls
+    - `models`: name to `nn.Module`, or to any callable from images `[B, C, H, W]`; what they return may be a tensor, tuple,
+      dict or object (`vitreous.outputs` says which tensor answers), and of further tensors the error is told. One that calls
       itself `simulated` (`prove.subject.simulated`) is not timed.
-    - `data`: a `vitreous.data.Data`, a pair `(x, y)`, or any iterable of such pairs. `y [B]` holds class numbers, or is
-      None: then there is agreement and output error instead of accuracy. Where the reference has `num_classes` 0, its
-      features are compared.
+    - `data`: a `vitreous.data.Data`, images alone, a pair `(x, y)`, or any iterable of such pairs. `y [B]` holds class numbers
+      (0 and 1 for a model with one logit), `y [B, K]` marks of 0 and 1 where an image has several classes; without labels there
+      is agreement and output error instead of accuracy. Features, and one number an image without labels, are compared by
+      their error; of features `[B, D]` also the share of nearest neighbours kept.
     - `batches`: the batch sizes to time, within about `seconds` altogether (5 rounds at least) or for `rounds` rounds.
     - `threads`: for torch while it measures (None: as set). A shipped runtime has its own setting.
     - `explain`: `(model, x) -> heatmaps [B, h, w]` for the attention drift over the first 64 images; default rollout.
@@ -105,19 +108,18 @@ def prove(
     Raises `VitreousError` for no models, no images, images or labels of the wrong form, and models that fail, give NaN,
     or differ in the number of outputs.
     """
-    if not models:
-        raise VitreousError("there is nothing to prove: give at least one model, the reference first")
+    models = named(models)
     if not batches or any(not isinstance(b, int) or b < 1 for b in batches):
         raise VitreousError(f"batches={batches!r}: give one or more whole batch sizes of at least 1")
     for what, value in (("threads", threads), ("rounds", rounds)):
         if value is not None and value < 1:
             raise VitreousError(f"{what}={value}: must be at least 1")
     say = progress or (lambda task, fraction: None)
-    total = len(data) if _is_data(data) else len(data[0]) if _is_pair(data) else 0
+    total = count(data)
     with at_rest(models, threads) as used:
-        answers, n, images = compare(
+        answers, cautions, n, images = compare(
             models,
-            _batches(data),
+            in_batches(data),
             classes=getattr(data, "classes", ()),
             keep=max(DRIFT_IMAGES, *batches),
             seed=seed,
@@ -160,7 +162,7 @@ def prove(
         models=measured,
         data=str(getattr(data, "name", "images")),
         images=n,
-        note=str(getattr(data, "note", "")),
+        note=" ".join(said for said in (str(getattr(data, "note", "")), *cautions) if said),
         skipped=[{"path": str(s.path), "reason": s.reason} for s in getattr(data, "skipped", ())],
         threads=used,
         batches=list(batches),
@@ -168,25 +170,3 @@ def prove(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe(),
     )
-
-
-def _is_data(data: Any) -> TypeGuard[Data]:
-    return hasattr(data, "batches")
-
-
-def _is_pair(data: Any) -> TypeGuard[tuple[Tensor, Any]]:
-    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
-
-
-def _batches(data: Any) -> Iterator[tuple[Tensor, Any]]:
-    if _is_data(data):
-        yield from data.batches(BATCH)
-    elif _is_pair(data):
-        x, y = data
-        for i in range(0, len(x), BATCH):
-            yield x[i : i + BATCH], None if y is None else y[i : i + BATCH]
-    else:
-        for b, batch in enumerate(data):
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise VitreousError(f"batch {b} of the data: give (images, labels), or (images, None) without labels")
-            yield batch[0], batch[1]
