@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,17 @@ def test_a_vit_ships_with_any_batch_or_one(vit: VisionTransformer, tmp_path: Pat
             runtime(torch.randn(3, 1, 32, 31))
 
 
+@pytest.mark.parametrize("ending", [".onnx", ".xml"])
+def test_threads_that_share_a_runtime_get_their_own_answers(shipped: Path, ending: str) -> None:
+    runtime = Runtime(shipped / f"vit{ending}", threads=1)
+    asked = [torch.full((1, 1, 32, 32), i / 8) for i in range(16)]
+    alone = [runtime(x) for x in asked]
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.pairwise(alone))
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(runtime, asked * 8))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone * 8, strict=True))  # kept until all are through
+
+
 def test_macs_are_those_of_one_image(vit: VisionTransformer, shipped: Path, tmp_path: Path) -> None:
     tokens, width, hidden = 17, 32, 128
     block = tokens * (3 * width * width + width * width + 2 * width * hidden) + 2 * tokens * tokens * width
@@ -166,6 +179,36 @@ def test_tokens_may_be_dropped_and_merged(vit: VisionTransformer, tmp_path: Path
     made = ship(model, tmp_path / f"reduced{ending}")
     assert made.parity.worst < 1e-4
     assert type(model.notes["kept"]) is Tensor  # tracing leaves no stand-in behind
+
+
+@pytest.mark.parametrize("batch", [None, 1, 4])
+def test_a_fixed_batch_computes_the_same_every_time(tmp_path: Path, batch: int | None) -> None:
+    """With a fixed batch the ones are a constant. OpenVINO writes over what it makes of one by a GatherND (docs/ship.md)."""
+
+    class Counts(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            every_other = torch.arange(0, 8, 2)
+            return (images.new_ones(images.shape[0], 8, 1)[:, every_other] + images[:, 0, :4] @ images[:, 0, :, :1]).flatten(1)
+
+    made = ship(Counts(), tmp_path / "counts.xml", example=torch.randn(16, 1, 8, 8), batch=batch)
+    assert made.parity.worst < 1e-6 and made.parity.batches == ((batch,) if batch else (1, 3, 16))
+    assert made.parity.reshaped == (() if batch else (1, 4)) and ("reshaped to 1, 4" in str(made)) == (batch is None)
+    fixed = Runtime(made.path, batch=batch or 4)
+    with pytest.raises(VitreousError, match="takes images of"):
+        fixed(torch.randn(3, 1, 8, 8))
+
+
+def test_a_file_that_only_fails_when_reshaped_is_refused(
+    vit: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Runtime.__call__
+
+    def wrong(self: Runtime, images: Tensor) -> Tensor:
+        return honest(self, images) * (1.5 if self.shape[0] == 4 else 1)
+
+    monkeypatch.setattr(Runtime, "__call__", wrong)
+    with pytest.raises(VitreousError, match="does not compute"):
+        ship(vit, tmp_path / "vit.xml")
 
 
 def test_onnx_holds_the_models_own_integers(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our ONNX for the operators that the exporter refuses or gets wrong."""
     import onnx_ir
     import onnxscript  # half a second, so only when an export is asked for
+    from onnxscript.function_libs.torch_lib.ops import core
     from onnxscript.function_libs.torch_lib.ops import nn as theirs
 
     op: Any = onnxscript.opset20  # typed by ONNX's own type variables, which do not fit tracing
@@ -192,6 +193,15 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ones, counts = op.Expand(one, op.Shape(x)), op.Expand(one, op.Shape(src))
         return op.Div(total, op.ScatterElements(ones, index, counts, axis=dim, reduction="add"))
 
+    def index(x: Any, indices: list[Any]) -> Any:
+        # The exporter's own takes two transposes and a GatherND. Of a constant, that is what OpenVINO's CPU plugin computes once
+        # and then writes over (docs/ship.md), so that with a fixed batch only the first answer is right.
+        given = [(axis, places) for axis, places in enumerate(indices) if places is not None]
+        if len(given) != 1 or given[0][1].dtype == onnx_ir.DataType.BOOL:
+            return core.aten_index(x, indices)
+        ((axis, places),) = given
+        return op.Gather(x, places, axis=axis)
+
     def attention(q: Any, k: Any, v: Any, mask: Any = None, dropout_p: float = 0, is_causal: bool = False, **rest: Any) -> Any:
         # The exporter's own transposes through five operators and scales queries and keys, which runtimes do not undo.
         if is_causal or rest.get("enable_gqa") or (mask is not None and mask.dtype == onnx_ir.DataType.BOOL):
@@ -206,6 +216,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.fake_quantize_per_tensor_affine.default: per_tensor,
         aten.fake_quantize_per_tensor_affine.tensor_qparams: per_tensor,
         aten.fake_quantize_per_channel_affine.default: per_channel,
+        aten.index.Tensor: index,
         aten.scatter_reduce.two: scatter_reduce,
         **operators.translations(op),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,10 @@ class Runtime:
     what is not integers in "f32" (also None), "bf16" or "f16"; the attribute `precision` says what the processor
     really does, which is fp32 where it lacks the instructions.
 
-    A file with a dynamic batch takes any batch; one with a fixed batch takes that one.
+    `batch` fixes the batch of a file that takes any, as OpenVINO's `reshape`, and ONNX Runtime's free dimensions, do.
+
+    A file with a dynamic batch takes any batch; one with a fixed batch takes that one. Threads may share a runtime: every
+    call has buffers of its own, and what it returns belongs to the caller.
     Raises VitreousError for a file that is missing, truncated or not such a file, and for images that do not fit.
 
     Attributes:
@@ -45,7 +49,9 @@ class Runtime:
         None, C, H, W).
     """
 
-    def __init__(self, path: str | Path, *, threads: int | None = None, precision: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int | None = None, precision: str | None = None, batch: int | None = None
+    ) -> None:
         self.path = Path(path)
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
@@ -62,7 +68,7 @@ class Runtime:
             check(file)
         load = self._load_openvino if self.path.suffix == ".xml" else self._load_onnx
         try:
-            self._run = load(precision or "f32")
+            self._run = load(precision or "f32", batch)
         except VitreousError:
             raise
         except Exception as error:  # each engine has its own kinds; the last line is the plainest
@@ -112,7 +118,7 @@ class Runtime:
         core.add_extension(reader())
         return core.read_model(self.path)
 
-    def _load_openvino(self, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+    def _load_openvino(self, precision: str, batch: int | None) -> Callable[[np.ndarray], np.ndarray]:
         import openvino
 
         core = openvino.Core()
@@ -124,7 +130,10 @@ class Runtime:
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": precision,
         }
-        compiled = core.compile_model(core.read_model(self.path), "CPU", settings)
+        graph = core.read_model(self.path)
+        if batch is not None:
+            graph.reshape([batch, *list(graph.input(0).get_partial_shape())[1:]])
+        compiled = core.compile_model(graph, "CPU", settings)
         self.engine = "OpenVINO"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         said = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -136,9 +145,20 @@ class Runtime:
         self.precision = "int8" if self.integer_ops else SAID.get(said, said)
         sizes = compiled.input(0).get_partial_shape()
         self.shape = tuple(None if size.is_dynamic else size.get_length() for size in sizes)
-        return lambda images: compiled(images, share_inputs=True)[0]
+        idle: deque[Any] = deque()  # a request holds the images and answers of one call, so no two calls share one
 
-    def _load_onnx(self, precision: str) -> Callable[[np.ndarray], np.ndarray]:
+        def run(images: np.ndarray) -> np.ndarray:
+            try:
+                request = idle.pop()
+            except IndexError:
+                request = compiled.create_infer_request()
+            answers = request.infer([images], share_inputs=True, share_outputs=False)[0]
+            idle.append(request)
+            return answers
+
+        return run
+
+    def _load_onnx(self, precision: str, batch: int | None) -> Callable[[np.ndarray], np.ndarray]:
         import onnx
         import onnxruntime
 
@@ -149,6 +169,8 @@ class Runtime:
         options.intra_op_num_threads = self.threads
         if saturates():  # the fast kernel adds pairs of products in 16 bits; this one is exact, and slower with VNNI
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if batch is not None:
+            options.add_free_dimension_override_by_name("batch", batch)
         # Threads that wait for work must not keep a core from whoever is measured next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as folder:
