@@ -183,7 +183,7 @@ def _score(model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Ten
     call = caller("model", model)
 
     def outputs(x: Tensor) -> Tensor:
-        return torch.cat([call(part) for part in x.split(CHUNK)])
+        return torch.cat([call(part).answer for part in x.split(CHUNK)])
 
     whole = outputs(images)
     if read(model).classifier is None and labels is None:
