@@ -6,7 +6,8 @@ import copy
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from safetensors.torch import save
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from .data.transform import preparation
 from .errors import VitreousError, nearest
+from .expects import class_names, expect, expectations, restore
 from .files import check, write_whole
 from .models.bundled import vit_fashion
 from .steps import History, history_of, make_step, refuse_nan, remember
@@ -27,7 +30,17 @@ KEY = "vitreous"
 
 
 def open_model(
-    model: str | Path | nn.Module | None = None, pretrained: bool = False, checkpoint: str | Path | None = None, **kwargs: Any
+    model: str | Path | nn.Module | None = None,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    *,
+    classes: str | Path | Sequence[str] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """A model ready to be looked into and slimmed, in eval mode.
 
@@ -37,12 +50,23 @@ def open_model(
         pretrained: download timm's weights for that name. Nothing is ever downloaded otherwise.
         checkpoint: local weights for a timm name: safetensors, or a `torch.save` file without pickled code. Position
             embeddings are resampled where `img_size` is another than theirs.
+        classes, mean, std, crop_pct, interpolation: what the weights were trained with, where it is not what the name says
+            (`expects.expect`); kept in the file that `save` writes.
+        device: where the model goes ("cuda", "cuda:1", "mps" …); a given module stays where it is by default.
         kwargs: passed to `timm.create_model` (`num_classes`, `img_size` …) and kept in the file that `save` writes.
 
     Raises `VitreousError` for unknown names, weights that do not fit, broken files, and weights that hold NaN.
     """
+    opened = _opened(model, pretrained, checkpoint, kwargs)
+    expect(opened, classes, mean, std, crop_pct, interpolation)
+    return opened.eval() if device is None else _moved(opened.eval(), device)
+
+
+def _opened(
+    model: str | Path | nn.Module | None, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]
+) -> nn.Module:
     if isinstance(model, nn.Module):
-        return model.eval()
+        return model
     if model is None or model == BUNDLED:
         opened: nn.Module = vit_fashion(pretrained=checkpoint is None, **kwargs)
         name = BUNDLED
@@ -57,7 +81,28 @@ def open_model(
         _fill(opened, _resample_positions(opened, read_weights(checkpoint)), str(checkpoint))
     refuse_nan(opened)
     opened.vitreous = History({"name": name, "kwargs": kwargs})  # type: ignore[assignment]
-    return opened.eval()
+    return opened
+
+
+def _moved(model: nn.Module, device: str | torch.device) -> nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available()]
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise VitreousError(f"cannot use the device '{device}': {reason}; this machine has {', '.join(there)}") from error
+
+
+def about(model: nn.Module) -> list[str]:
+    """How a model's weights were read, how its pictures are prepared, and what its classes are: a line each."""
+    base = history_of(model).base or {}
+    lines = list(base.get("notes", ()))
+    with suppress(VitreousError):  # of a model that no picture can be prepared for
+        lines.append(f"images: {preparation(model)}")
+    if names := class_names(model):
+        shown = ", ".join(names[:6]) + (" …" if len(names) > 6 else "")
+        lines.append(f"{len(names)} classes: {shown}")
+    return lines
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
@@ -147,7 +192,8 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise VitreousError(f"save writes safetensors: name the file {path.with_suffix('.safetensors').name}, not {path.name}")
     history = history_of(model)
-    about = {"base": history.base, "steps": [{**s.to_dict(), "plan": plan} for s, plan in history.done]}
+    steps = [{**s.to_dict(), "plan": plan} for s, plan in history.done]
+    about = {"base": history.base, "steps": steps, "expects": expectations(model)}
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     write_whole(path, save(state, {KEY: json.dumps(about), "format": "pt"}))
     return path
@@ -192,4 +238,5 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
             model = model.to(p.dtype)
             break
     _fill(model, state, str(path))
+    restore(model, about.get("expects") or {})
     return remember(model, History(named, done)).eval()

@@ -1,8 +1,9 @@
-"""The command line: `vitreous slim | see | faithful | heads | studio | anatomy | systems`. One small file a command."""
+"""The command line: `vitreous slim | see | faithful | heads | studio | anatomy | steps | systems`. One small file a command."""
 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -12,6 +13,7 @@ from .faithful import faithful
 from .heads import heads
 from .see import see
 from .slim import slim
+from .steps import steps
 from .studio import studio
 from .systems import systems
 
@@ -22,11 +24,28 @@ app = typer.Typer(
     name="vitreous",
     help="Makes vision transformers clear, small and fast.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (slim, see, faithful, heads, studio, anatomy, systems):
+for command in (slim, see, faithful, heads, studio, anatomy, steps, systems):
     app.command()(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        from .. import __version__
+
+        beneath = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "openvino", "onnxruntime"))
+        print(f"vitreous {__version__}: {beneath}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print versions and stop")] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

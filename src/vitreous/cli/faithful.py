@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from .options import MODEL, DataOptions, ModelOptions, grouped
 
+
+@grouped
 def faithful(
-    model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None,
-    data: Annotated[str, typer.Option(help="sample, fashion-mnist, cifar10, or a folder of class folders")] = "sample",
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights for the timm name")] = None,
-    pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
-    img_size: Annotated[int | None, typer.Option(help="input size, where the model is to be built for another")] = None,
+    model: MODEL = None,
+    *,
+    opening: ModelOptions,
+    source: DataOptions,
     methods: Annotated[
         str | None, typer.Option(help="names with commas between, from vitreous.see.METHODS; all by default")
     ] = None,
-    limit: Annotated[int, typer.Option(help="the first so many images", min=1)] = 64,
-    json: Annotated[Path | None, typer.Option(help="also write every figure to this file")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write every figure to this file; - prints it alone")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the JSON file if it exists")] = False,
-    seed: Annotated[int, typer.Option(help="for random orders, random weights and intervals")] = 0,
 ) -> None:
-    """Measure explanations of a model: insertion, deletion, and the sanity check by random weights."""
+    """Measure explanations of a model: insertion, deletion, and the sanity check by random weights; on 64 images unless told."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from .. import see, store
-    from ..data import open_data
+    from .. import see
     from ..errors import VitreousError, nearest
     from ..prove import faithfulness
 
@@ -35,11 +34,11 @@ def faithful(
     for n in names:
         if n not in see.METHODS:
             raise VitreousError(f"unknown method '{n}'{nearest(n, see.METHODS) or ': choose ' + ', '.join(see.METHODS)}")
-    if json is not None and json.exists() and not overwrite:
+    printed = json == Path("-")
+    if json is not None and not printed and json.exists() and not overwrite:
         raise VitreousError(f"{json} exists: give another --json, or --overwrite")
-    sized: dict[str, Any] = {"img_size": img_size} if img_size else {}
-    net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **sized)
-    opened = open_data(data, net, limit=limit, seed=seed)
+    net = opening.open(model)
+    opened = source.open(net, limit=64)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
@@ -47,9 +46,12 @@ def faithful(
             net,
             {n: see.METHODS[n] for n in names},
             opened.tensor(range(len(opened))),
-            seed=seed,
+            seed=source.seed,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
+    if printed:
+        print(found.to_json())
+        return
     console = Console()
     console.print(found, width=max(console.width, 110))
     if json is not None:

@@ -8,28 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import MODEL, DataOptions, ModelOptions, grouped
 
+
+@grouped
 def heads(
-    model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None,
-    data: Annotated[str, typer.Option(help="sample, fashion-mnist, cifar10, or a folder of pictures")] = "sample",
-    limit: Annotated[int | None, typer.Option(min=1, help="look at the first N images only [default: 256]")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights for the timm name")] = None,
-    pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
-    img_size: Annotated[int | None, typer.Option(min=1, help="input size, where the model is to be built for another")] = None,
+    model: MODEL = None,
+    *,
+    opening: ModelOptions,
+    source: DataOptions,
     csv: Annotated[Path | None, typer.Option(help="write one row a head as CSV")] = None,
-    json: Annotated[Path | None, typer.Option(help="write one row a head as JSON")] = None,
+    json: Annotated[Path | None, typer.Option(help="write one row a head as JSON; - prints it alone")] = None,
     parquet: Annotated[Path | None, typer.Option(help="write one row a head as Parquet; needs pyarrow")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace those files if they exist")] = False,
     precision: Annotated[str, typer.Option(help="of the removals: f32, or bf16, quicker where the processor has it")] = "f32",
-    seed: Annotated[int, typer.Option(help="for the order of a folder, the intervals and the autoencoder")] = 0,
 ) -> None:
-    """Show every attention head of a model over a data set: importance, distance, entropy, pattern."""
+    """Show every attention head of a model over 256 images of a data set, or --limit: importance, distance, entropy, pattern."""
     import numpy as np
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from .. import store
-    from ..data import open_data
     from ..errors import VitreousError
     from ..files import write_whole
     from ..rows import as_csv, as_json, as_parquet, need_parquet
@@ -38,7 +36,9 @@ def heads(
     from ..see.patterns import patterns
     from ..work import Work, working
 
-    targets = {kind: path for kind, path in (("csv", csv), ("json", json), ("parquet", parquet)) if path is not None}
+    printed = json == Path("-")
+    files = (("csv", csv), ("json", None if printed else json), ("parquet", parquet))
+    targets = {kind: path for kind, path in files if path is not None}
     for target in targets.values():
         if target.exists() and not overwrite:
             raise VitreousError(f"{target} exists: give another name, or --overwrite")
@@ -46,8 +46,8 @@ def heads(
             raise VitreousError(f"cannot write {target}: there is no folder {target.parent}")
     if parquet is not None:
         need_parquet()
-    net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **({"img_size": img_size} if img_size else {}))
-    pictures = open_data(data, net, limit=limit or 256, seed=seed)
+    net = opening.open(model)
+    pictures = source.open(net, limit=256)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     found: list[Any] = []
     watched = Console(stderr=True)
@@ -56,10 +56,10 @@ def heads(
         for what, analysis in (("importance", ablate), ("distance", distance), ("patterns", patterns)):
             task = bar.add_task(what, total=1.0)
             with working(Work(lambda share, task=task: bar.update(task, completed=share))):
-                found.append(analysis(net, pictures, seed=seed))
+                found.append(analysis(net, pictures, seed=source.seed))
     importance, far, pattern = found
 
-    console = Console()
+    console = Console(quiet=printed)
     console.print(f"{type(net).__name__}, {len(pictures)} images of {pictures.name}", highlight=False)
     by = "loss" if "loss" in importance.metrics else "output"
     console.print(_matrix(f"importance: what removing the head adds to '{by}'", importance.values[importance.metrics.index(by)]))
@@ -77,6 +77,8 @@ def heads(
     merged = {(r["layer"], r["head"]): r for r in importance.rows()}
     for r in (*far.rows(), *pattern.rows()):
         merged[r["layer"], r["head"]] |= r
+    if printed:
+        print(as_json(list(merged.values())).decode())
     write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}
     for kind, target in targets.items():
         write_whole(target, write[kind](list(merged.values())))

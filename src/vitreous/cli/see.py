@@ -8,13 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import MODEL, ModelOptions, grouped
 
+
+@grouped
 def see(
     image: Annotated[Path, typer.Argument(help="a picture file")],
-    model: Annotated[str | None, typer.Argument(help="timm name or saved model; the bundled model by default")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights for the timm name")] = None,
-    pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
-    img_size: Annotated[int | None, typer.Option(help="input size, where the model is to be built for another")] = None,
+    model: MODEL = None,
+    *,
+    opening: ModelOptions,
     method: Annotated[str, typer.Option(help="one of vitreous.see.METHODS, such as grad_cam or lrp")] = "rollout",
     target: Annotated[int | None, typer.Option(help="class to explain; the predicted one by default")] = None,
     layer: Annotated[str | None, typer.Option(help="for class activation maps: the dotted name of a module")] = None,
@@ -30,7 +32,6 @@ def see(
     from PIL import Image
 
     from .. import see as room
-    from .. import store
     from ..data.pictures import Unreadable, read_picture
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
@@ -52,8 +53,7 @@ def see(
     file = out or image.with_name(f"{image.stem}.{drawn}.png")
     if file.exists() and not overwrite:
         raise VitreousError(f"{file} exists: give another --out, or --overwrite")
-    sized = {"img_size": img_size} if img_size else {}
-    net = store.open_model(model, pretrained=pretrained, checkpoint=checkpoint, **sized)
+    net = opening.open(model)
     prepared = preparation(net)
     try:
         picture = read_picture(image).convert(prepared.mode)

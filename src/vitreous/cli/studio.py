@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .options import DataOptions, ModelOptions, grouped
 
+
+@grouped
 def studio(
     models: Annotated[list[str] | None, typer.Argument(help="timm names or saved models; the bundled model by default")] = None,
-    data: Annotated[str, typer.Option(help="sample, fashion-mnist, cifar10, or a folder of pictures")] = "sample",
-    checkpoint: Annotated[Path | None, typer.Option(help="local weights for the first model")] = None,
-    pretrained: Annotated[bool, typer.Option(help="download timm's weights")] = False,
-    img_size: Annotated[int | None, typer.Option(min=1, help="input size to build the models for")] = None,
+    *,
+    opening: ModelOptions,
+    source: DataOptions,
     host: Annotated[
         str, typer.Option(help="address to serve on; others than this machine's are for those who know why")
     ] = "127.0.0.1",
@@ -22,6 +23,7 @@ def studio(
 ) -> None:
     """Look into models in the browser: attention, heads, patterns, and recipes applied."""
     import socket
+    from dataclasses import replace
 
     from ..errors import VitreousError
 
@@ -37,9 +39,8 @@ def studio(
             probe.bind((host, port))
         except OSError as error:
             raise VitreousError(f"cannot serve on {host}:{port}: {error.strerror}; give another --port") from None
-    sources = [
-        Source(name, data, checkpoint if i == 0 else None, pretrained, img_size) for i, name in enumerate(models or [None])
-    ]
-    opened = [Opened(source) for source in sources]
+    first = Source(models[0] if models else None, opening, source)
+    others = [replace(first, model=name, opening=replace(opening, checkpoint=None)) for name in (models or [])[1:]]
+    opened = [Opened(s) for s in (first, *others)]
     print(f"the studio is open at http://{host}:{port}, until Ctrl-C")
     serve(opened, host, port, show)

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import VitreousError
-
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+from ..models.bundled import CLASSES as CLASSES
 
 # The first 1,000 pictures of the official test split and 256 of the train split; made by benchmarks/make_sample.py.
 SAMPLE = Path(__file__).parent / "bundled" / "fashion_sample.npz"

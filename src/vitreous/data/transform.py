@@ -24,6 +24,10 @@ class Preparation:
     mode: str
     to_tensor: Callable[[Image.Image], torch.Tensor]
     view: Callable[[Image.Image], Image.Image]
+    said: str = "by a transform of your own"
+
+    def __str__(self) -> str:
+        return self.said
 
 
 def preparation(model: Any = None, transform: Callable[[Image.Image], torch.Tensor] | None = None) -> Preparation:
@@ -61,5 +65,14 @@ def preparation(model: Any = None, transform: Callable[[Image.Image], torch.Tens
         values = tuple(config[key])
         if len(values) != chans:
             config[key] = (sum(values) / len(values),) * chans
-    look = create_transform(**config, normalize=False)
-    return Preparation(mode, create_transform(**config), lambda image: to_pil_image(look(image)))  # type: ignore[operator]
+    look: Any = create_transform(**config, normalize=False)
+    to_tensor: Any = create_transform(**config)
+    return Preparation(mode, to_tensor, lambda image: to_pil_image(look(image)), _said(mode, config))
+
+
+def _said(mode: str, config: Mapping[str, Any]) -> str:
+    height, width = config["input_size"][1:]
+    told = lambda key: " ".join(f"{v:.4g}" for v in (config[key][:1] if len(set(config[key])) == 1 else config[key]))
+    crop = "" if config["crop_pct"] == 1 else f", the middle {100 * config['crop_pct']:.4g} % of the shorter side"
+    colours = "grey" if mode == "L" else "RGB"
+    return f"{colours}, {config['interpolation']} to {height} x {width}{crop}, mean {told('mean')}, std {told('std')}"

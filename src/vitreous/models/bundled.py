@@ -18,6 +18,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 MEAN, STD = (0.2860,), (0.3530,)
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 WEIGHTS = Path(__file__).parent.parent / "data" / "bundled" / "fashion_vit.safetensors"
 
 
@@ -46,5 +47,6 @@ def vit_fashion(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
         license="mit",
     )
     if pretrained:
+        model.pretrained_cfg["label_names"] = CLASSES  # type: ignore[index]
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS).items()})
     return model

@@ -38,9 +38,12 @@ class Result:
         """Every figure, as JSON holds it: NaN and infinities become None."""
         return plain(asdict(self))
 
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON. Raises `VitreousError` when `path` cannot be written, and leaves it as it was."""
-        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        write_whole(path, self.to_json() + "\n")
 
 
 def plain(value: Any) -> Any:

@@ -47,7 +47,7 @@ class Job:
 
     def run(
         self,
-        model: str | None,
+        model: str | nn.Module | None,
         recipe: Recipe | None,
         calibrate: int | None,
         pretrained: bool,
@@ -68,6 +68,7 @@ class Job:
             download=download,
             progress=lambda done, total: self.progress("looking through the data", done / max(total, 1)),
         )
+        self.notes += store.about(net)
         if data.skipped:
             self.notes.append(f"{len(data.skipped)} files skipped, named in the report and in proof.json")
         images = self._calibration(net, calibrate, download)

@@ -76,10 +76,9 @@ def recipe(source: Source, steps: str, images: int, folder: Path, say: Say) -> R
     from ..search import Job
     from ..steps import Recipe
 
-    job = Job(folder, source.data, 0, None, 1.0, images, say)
-    extra = {"img_size": source.img_size} if source.img_size else {}
+    job = Job(folder, source.data.data, source.data.seed, source.opening.threads, 1.0, images, say)
     chosen = Recipe.parse(steps) if steps.strip() else None
-    return summary(job.run(source.model, chosen, None, source.pretrained, source.checkpoint, False, extra))
+    return summary(job.run(source.net(), chosen, None, False, None, False, {}))
 
 
 def summary(proof: Proof) -> Rows:

@@ -71,7 +71,7 @@ def models_view(session: Session) -> None:
         await adopt(folder, source, written or "the studio's choice", proved)
 
     async def adopt(folder: Path, source: Source, recipe: str, proved: Rows) -> None:
-        made = Source(str(folder / "model.safetensors"), source.data)
+        made = Source(str(folder / "model.safetensors"), data=source.data)
         opened = await asyncio.to_thread(Opened, made)
         opened.title = f"{source.title}: {recipe}"
         session.models.append(opened)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import see, store
+from .. import see
 from ..anatomy import read
-from ..data import Data, open_data
+from ..cli.options import DataOptions, ModelOptions
+from ..data import Data
 from ..data.transform import preparation
 from ..see.look import Look, look
 
@@ -30,17 +31,15 @@ class Source:
     """What to open, in words, so that another process can open the same."""
 
     model: str | None = None
-    data: str = "sample"
-    checkpoint: Path | None = None
-    pretrained: bool = False
-    img_size: int | None = None
+    opening: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
 
     def net(self) -> nn.Module:
-        extra = {"img_size": self.img_size} if self.img_size else {}
-        return store.open_model(self.model, pretrained=self.pretrained, checkpoint=self.checkpoint, **extra)
+        return self.opening.open(self.model)
 
     def pictures(self, net: nn.Module, limit: int | None = None) -> Data:
-        return open_data(self.data, net, limit=limit)
+        told = self.data.limit
+        return replace(self.data, limit=min(told, limit) if told and limit else told or limit).open(net)
 
     @property
     def title(self) -> str:
