@@ -22,7 +22,7 @@ from .data.transform import preparation
 from .errors import VitreousError, nearest
 from .expects import class_names, expect, expectations, restore
 from .files import check, write_whole
-from .models.bundled import vit_fashion
+from .models.bundled import CLASSES, WEIGHTS
 from .steps import History, history_of, make_step, refuse_nan, remember
 
 BUNDLED = "vit_fashion"
@@ -68,8 +68,10 @@ def _opened(
     if isinstance(model, nn.Module):
         return model
     if model is None or model == BUNDLED:
-        opened: nn.Module = vit_fashion(pretrained=checkpoint is None, **kwargs)
-        name = BUNDLED
+        name, opened = BUNDLED, _create(BUNDLED, False, kwargs)
+        if checkpoint is None:
+            _fill(opened, _read_safetensors(WEIGHTS)[0], f"the package ({WEIGHTS.name})")
+            expect(opened, classes=CLASSES)
     elif Path(model).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or Path(model).is_file():
         return load(model)
     else:
@@ -80,8 +82,7 @@ def _opened(
     if checkpoint is not None:
         _fill(opened, _resample_positions(opened, read_weights(checkpoint)), str(checkpoint))
     refuse_nan(opened)
-    opened.vitreous = History({"name": name, "kwargs": kwargs})  # type: ignore[assignment]
-    return opened
+    return remember(opened, History({"name": name, "kwargs": kwargs}))
 
 
 def _moved(model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -227,7 +228,7 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
         if named is None:
             raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
         kwargs = named["kwargs"]
-        model = (vit_fashion(**kwargs) if named["name"] == BUNDLED else _create(named["name"], False, kwargs)).eval()
+        model = _create(named["name"], False, kwargs).eval()
     else:
         model = copy.deepcopy(base).eval()
     for s, plan in done:

@@ -51,7 +51,7 @@ def common(
 def main() -> None:
     """Run the command line; what the user can mend is one line on stderr and exit status 2."""
     try:
-        status = app(standalone_mode=False)
+        status = app(standalone_mode=False, prog_name="vitreous")
     except VitreousError as error:
         _stop(str(error), 2)
     except UsageError as error:
