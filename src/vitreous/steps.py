@@ -13,6 +13,7 @@ import json
 import os
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from .calibrate import images
 from .errors import VitreousError, nearest
 from .folders import locked
+from .untie import untie
 from .work import Work, fingerprint, working
 
 REGISTRY: dict[str, type[Step]] = {}
@@ -93,6 +95,7 @@ class Step:
             raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
         refuse_nan(model)
         new = copy.deepcopy(model).eval()
+        untied = untie(new)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             plan = self.plan(new, calibration)
@@ -100,6 +103,10 @@ class Step:
             plan = plan | (self.fit(new, calibration) or {})
             if covers := self.covers(new, calibration):
                 plan["covers"] = covers
+        if untied:
+            plan["untied"] = untied
+            first = ", ".join(untied[:3]) + (f" and {len(untied) - 3} more" if len(untied) > 3 else "")
+            warnings.warn(f"{first} shared weights with other layers: from {self.name} on each has its own", stacklevel=3)
         return remember(new, History(history.base, [*history.done, (self, plan)])).eval()
 
     def to_dict(self) -> dict[str, Any]:

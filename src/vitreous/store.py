@@ -24,6 +24,7 @@ from .expects import class_names, expect, expectations, restore
 from .files import check, write_whole
 from .models.bundled import CLASSES, WEIGHTS
 from .steps import History, history_of, make_step, refuse_nan, remember
+from .untie import untie
 
 BUNDLED = "vit_fashion"
 KEY = "vitreous"
@@ -232,6 +233,8 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
     else:
         model = copy.deepcopy(base).eval()
     for s, plan in done:
+        if plan.get("untied"):
+            untie(model)
         s.build(model, plan)
         model.eval()
     for name, p in state.items():  # weights come back in the precision they were saved in

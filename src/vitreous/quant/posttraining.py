@@ -153,7 +153,8 @@ def survey(model: nn.Module, image: Tensor) -> dict[str, Read]:
         made[id(out)] = (out, ("act", ""))
 
     def before_layer(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        found[names[layer]] = made[id(given[0])][1] if id(given[0]) in made else ("", "")
+        reads, name = made[id(given[0])][1] if id(given[0]) in made else ("", ""), names[layer]
+        found[name] = reads if found.get(name, reads) == reads else ("", "")  # called again, for something else
 
     for block in attention_blocks(model):
         for norm in (block.norm1, block.norm2):
