@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from support import small_vit
 from timm.models.gcvit import GlobalContextVit
 from timm.models.volo import VOLO
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitreous.anatomy import emit
 from vitreous.errors import VitreousError
@@ -157,9 +160,50 @@ def test_torchvision_interventions(tv: nn.Module, images: Tensor) -> None:
     q, k = free[1].q, free[1].k
     assert q is not None and k is not None
     torch.testing.assert_close(b.attention[1], (q @ k.mT / 4 + bias).softmax(-1), **SAME)
-    with glass(tv) as g, pytest.raises(VitreousError, match="MultiheadAttention"):
+    with glass(tv) as g, pytest.raises(VitreousError, match=r"attention of \[6, 2, 17, 17\]"):
         g.patch(0, "attention", torch.zeros(1))
         tv(images)
+    with torch.no_grad(), glass(tv) as g:
+        g.patch(1, "attention", lambda a: a.flip(-1))
+        assert not torch.allclose(tv(images), before, atol=1e-4)
+
+
+MULTI_HEAD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "other keys and values": dict(kdim=12, vdim=20),
+    "no bias": dict(bias=False, kdim=12),
+    "bias of keys and values": dict(add_bias_kv=True),
+    "zero key": dict(add_zero_attn=True, kdim=12),
+    "all": dict(kdim=12, vdim=20, add_bias_kv=True, add_zero_attn=True, batch_first=False),
+}
+
+
+@pytest.mark.parametrize("kind", MULTI_HEAD)
+def test_multi_head_attention_of_every_kind(kind: str) -> None:
+    options = {"batch_first": True, **MULTI_HEAD[kind]}
+    torch.manual_seed(0)
+    attn = nn.MultiheadAttention(16, 4, **options)
+    for p in attn.parameters():
+        nn.init.normal_(p, std=0.5)
+    model = nn.Sequential()
+    model.attn = attn
+    shapes = ((3, 5, 16), (3, 7, options.get("kdim", 16)), (3, 7, options.get("vdim", 16)))
+    given = [torch.randn(s) if options["batch_first"] else torch.randn(s).transpose(0, 1) for s in shapes]
+    hidden = torch.zeros(3, 7, dtype=torch.bool)
+    hidden[1, :3] = True
+    how = dict(key_padding_mask=hidden, attn_mask=torch.randn(5, 7).tril(), average_attn_weights=False)
+    with torch.no_grad():
+        out, probs = attn(*given, **how)
+        with glass(model, record=("attention", "q", "v")) as g:
+            seen, told = attn(*given, **how)
+        torch.testing.assert_close((seen, told), (out, probs), **SAME)
+        torch.testing.assert_close(g.attention[0], probs, **SAME)
+        assert g[0].v is not None and g[0].v.shape[:2] == (3, 4)
+        with glass(model, record=()) as g:
+            g.mask_heads(0, [1])
+            masked, _ = attn(*given, **how)
+        attn.out_proj.weight[:, 4:8] = 0
+        torch.testing.assert_close(masked, attn(*given, **how)[0], **SAME)
 
 
 def test_hugging_face(images: Tensor) -> None:
@@ -420,7 +464,7 @@ def test_an_error_inside_the_model_leaves_the_glass_usable(vit: nn.Module, image
     found = hooks(vit)
     with torch.no_grad(), glass(vit) as g:
         g.patch(1, "output", lambda y: y[:, :3])
-        with pytest.raises(RuntimeError):
+        with pytest.raises(VitreousError, match=r"output of \[6, 17, 48\]: \[6, 3, 48\]"):
             vit(images)
         assert not g._running
     assert hooks(vit) == found
@@ -429,3 +473,118 @@ def test_an_error_inside_the_model_leaves_the_glass_usable(vit: nn.Module, image
     with torch.no_grad(), g:
         vit(images)
     assert len(g.attention) == 4 and hooks(vit) == found
+
+
+# ---- whom it concerns
+
+
+def test_another_thread_is_not_changed(images: Tensor) -> None:
+    """What a glass changes and records is what its own thread runs, whatever others run on the same model meanwhile."""
+    model = small_vit()
+    with torch.no_grad():
+        plain = model(images)
+
+    def runs(times: int, change: Any) -> list[Tensor]:
+        with torch.no_grad():
+            if change is None:
+                return [model(images) for _ in range(times)]
+            found = []
+            with glass(model, record=("attention", "block")) as g:
+                change(g)
+                for i in range(times):
+                    g.clear()
+                    found.append(model(images))
+                    assert len(g.attention) == len(g.names) == sum(v.block is not None for v in g.views), i
+            return found
+
+    changes = {
+        "plain": None,
+        "patch": lambda g: g.patch(1, "block", lambda x: -x),
+        "mask": lambda g: g.mask_heads(0, 1),
+    }
+    right = {name: runs(1, change)[0] for name, change in changes.items()}
+    assert not any(torch.allclose(right[name], plain, atol=1e-3) for name in ("patch", "mask"))
+    with ThreadPoolExecutor(3) as pool:
+        futures = {name: pool.submit(runs, 20, change) for name, change in changes.items()}
+        for name, future in futures.items():
+            for out in future.result():
+                torch.testing.assert_close(out, right[name], **SAME)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_tasks_of_one_thread(images: Tensor) -> None:
+    model = small_vit()
+
+    async def meet() -> tuple[Tensor, str]:
+        opened, closed = asyncio.Event(), asyncio.Event()
+
+        async def look() -> None:
+            with glass(model, record=()) as g:
+                g.patch(0, "output", torch.zeros_like)
+                g.mask_heads(1, 0)
+                opened.set()
+                await closed.wait()
+
+        looking = asyncio.create_task(look())
+        await opened.wait()
+        try:
+            with torch.no_grad(), pytest.raises(VitreousError) as refused, glass(model):
+                pass
+            with torch.no_grad():
+                return model(images), str(refused.value)
+        finally:
+            closed.set()
+            await looking
+
+    with torch.no_grad():
+        out, reason = asyncio.run(meet())
+        torch.testing.assert_close(out, model(images), **SAME)
+    assert "another task" in reason
+    with glass(model):  # nothing is left open
+        pass
+
+
+def test_closed_out_of_order(images: Tensor) -> None:
+    model = small_vit()
+    first, second = glass(model), glass(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with torch.no_grad():
+        model(images)
+    second.__exit__(None, None, None)
+    assert not first.views and len(second.attention) == 4
+    with torch.no_grad():
+        model(images)
+    assert len(second.attention) == 4
+    with glass(model) as again, pytest.raises(VitreousError, match="open already"):
+        again.__enter__()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_is_seen_once(images: Tensor, reentrant: bool) -> None:
+    model: Any = small_vit()
+
+    def forward(x: Tensor) -> Tensor:
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=reentrant)
+        return model.forward_head(model.norm(x))
+
+    def gradient(run: Any) -> Tensor:
+        x = images.clone().requires_grad_()
+        with glass(model, record=("attention", "block")) as g:
+            g.mask_heads(0, 1)
+            run(x).square().sum().backward()
+        assert len(g.attention) == 4 == len(g.views)
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(gradient(forward), gradient(model), **SAME)
+
+
+def test_a_compiled_model_runs_as_it_is_written(images: Tensor) -> None:
+    model = torch.compile(small_vit(), backend="eager")
+    with torch.no_grad(), glass(model) as g:
+        model(images)
+    assert len(g.attention) == 4

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.func import functional_call
 
 from .anatomy import branch, emit, project, read
+from .compiled import as_written
 from .errors import VitreousError
 
 
@@ -216,11 +216,10 @@ def traced(model: nn.Module) -> Iterator[list[Reduction]]:
     Passes of the same model in other threads are not written down. A compiled model runs as it is written meanwhile.
     """
     blocks = frozenset(m for m in model.modules() if isinstance(m, PlainBlock))
-    compiled = any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
     trace: list[Reduction] = []
     token = _TRACES.set((*_TRACES.get(), (blocks, trace)))
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with as_written(model):
             yield trace
     finally:
         _TRACES.reset(token)

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from .anatomy import attention_names, holding_block
+from .compiled import as_written
 from .errors import VitreousError, nearest
+from .here import enter, here, leave
+from .multihead import multi_head
 
 KINDS = ("attention", "q", "k", "v", "output", "block")
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
@@ -83,6 +86,7 @@ class Glass(TorchFunctionMode):
         self._running: list[str] = []
         self._product: tuple[Tensor, Tensor] | None = None
         self._waiting: tuple[View, Tensor] | None = None
+        self._meanwhile = ExitStack()
 
     # ---- what was seen
 
@@ -155,13 +159,19 @@ class Glass(TorchFunctionMode):
 
     def _apply(self, name: str, what: str, x: Tensor) -> Tensor:
         for change in self._changes.get((name, what), ()):
-            x = change(x)
+            y = change(x)
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                given = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise VitreousError(f"layer '{name}' has {what} of {list(x.shape)}: {given} cannot take its place")
+            x = y
         return x
 
     def _wants(self, name: str, *kinds: str) -> bool:
         return bool(self.record.intersection(kinds)) and (self.only is None or name in self.only)
 
     def __enter__(self) -> Glass:
+        enter(self)
+        self._meanwhile.enter_context(as_written(self.model))
         modules = dict(self.model.named_modules())
         for name, module in modules.items():
             if name in self.names or next(module.children(), None) is not None:
@@ -175,34 +185,49 @@ class Glass(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+        above = []  # modes opened inside that are closed later
+        while self in _get_current_function_mode_stack() and (top := _pop_mode()) is not self:
+            above.append(top)
+        for mode in reversed(above):
+            _push_mode(mode)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._running.clear()
+        self._meanwhile.close()
+        leave(self)
 
     def _enter_module(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
+            if not here(self):
+                return
             if not name:
                 self._running.clear()
             self._running.append(name)
+            # A backward pass runs without the modes around it; what gradient checkpointing computes anew must be the same.
+            if name in self.names and _again() and self not in _get_current_function_mode_stack():
+                _push_mode(self)
 
         return hook
 
     def _leave_module(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
+            if not here(self):
+                return
             while self._running and self._running.pop() != name:
                 pass
+            if name in self.names and _again() and self in _get_current_function_mode_stack()[-1:]:
+                _pop_mode()
 
         return hook
 
     def _watch(self, module: nn.Module, name: str, kind: str) -> None:
         def hook(_: nn.Module, __: Any, out: Any) -> Any:
-            if not self._wants(name, kind) and (name, kind) not in self._changes:
+            if not here(self) or (not self._wants(name, kind) and (name, kind) not in self._changes):
                 return None
             x = out[0] if isinstance(out, tuple) else out
             y = self._apply(name, kind, x)
-            if self._wants(name, kind):
+            if self._wants(name, kind) and not _again():
                 view = next((v for v in reversed(self.views) if v.name == name and getattr(v, kind) is None), None)
                 if view is None:
                     view = View(name)
@@ -228,6 +253,10 @@ class Glass(TorchFunctionMode):
     def _changed(self, name: str) -> bool:
         return any((name, what) in self._changes for what in ("heads", "scores", "attention"))
 
+    def _show(self, view: View) -> None:
+        if not _again():
+            self.views.append(view)
+
     def _note(self, view: View, probs: Tensor | None, **parts: Tensor | None) -> View:
         for kind, x in {"attention": probs, **parts}.items():
             if x is not None and kind in self.record:
@@ -237,15 +266,15 @@ class Glass(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in SEEN:
+        if func in SEEN and here(self):
             name = self._owner()
             if name is None and func is F.scaled_dot_product_attention and self._running:
                 name = self._running[-1]
             if name is not None and (self._wants(name, "attention", "q", "k", "v") or self._changed(name)):
                 if func is F.scaled_dot_product_attention:
-                    return self._fused(name, *args, **kwargs)
+                    return self._attend(name, *args, **kwargs)[0]
                 if func is F.multi_head_attention_forward:
-                    return self._multi_head(name, func, args, kwargs)
+                    return self._multi_head(name, *args, **kwargs)
                 if func in SOFTMAX:
                     return self._softmax(name, func, args, kwargs)
                 return self._matmul(func, args, kwargs)
@@ -263,7 +292,7 @@ class Glass(TorchFunctionMode):
             return None
         return self._apply(name, "heads", like.new_ones(1, like.shape[1], 1, 1))
 
-    def _fused(
+    def _attend(
         self,
         name: str,
         query: Tensor,
@@ -274,14 +303,16 @@ class Glass(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mixed values and, where they are asked for or changed, the probabilities."""
         q, k, v = query, key, value
         view = View(name)
         if self._wants(name, "q", "k", "v"):
             self._note(view, None, q=q, k=k, v=v)
         if not self._wants(name, "attention") and not self._changed(name):
-            self.views.append(view)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            self._show(view)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return out, None
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         scores = q @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)
@@ -291,10 +322,20 @@ class Glass(TorchFunctionMode):
             scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         probs = self._probabilities(name, scores)
         if self._wants(name, "attention", "q", "k", "v"):
-            self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
+            self._show(self._note(view, probs if self._wants(name, "attention") else None))
         out = (F.dropout(probs, dropout_p) if dropout_p > 0 else probs) @ v
         factor = self._head_factor(name, out)
-        return out if factor is None else out * factor
+        return out if factor is None else out * factor, probs
+
+    def _multi_head(self, name: str, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor | None]:
+            mixed, probs = self._attend(name, q, k, v, mask, dropout)
+            if probs is None and kwargs.get("need_weights", True):
+                scores = q @ k.mT * q.shape[-1] ** -0.5
+                probs = (scores if mask is None else scores + mask).softmax(-1)
+            return mixed, probs
+
+        return multi_head(attend, *args, **kwargs)
 
     def _matmul(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
@@ -318,49 +359,17 @@ class Glass(TorchFunctionMode):
             q = k = None
             if self._product is not None and self._product[0].shape[:-1] == scores.shape[:-1]:
                 q, k = self._product[0], self._product[1].mT
-            self.views.append(self._note(view, probs if self._wants(name, "attention") else None, q=q, k=k))
+            self._show(self._note(view, probs if self._wants(name, "attention") else None, q=q, k=k))
             self._waiting = (view, probs)
         factor = self._head_factor(name, probs) if probs.ndim == 4 else None
         if factor is None and (name, "heads") in self._changes:
             raise VitreousError(f"layer '{name}' keeps its heads elsewhere than in [B, heads, N, N]: cannot mask them")
         return probs if factor is None else probs * factor
 
-    def _multi_head(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`nn.MultiheadAttention`: ask for its weights; biases enter as its mask, head factors through the values."""
-        call = {**dict(zip(signature(func).parameters, args, strict=False)), **kwargs}
-        if (name, "attention") in self._changes:
-            raise VitreousError(f"layer '{name}' is an nn.MultiheadAttention: it takes add_bias, no patch of attention")
-        heads, query, key = call["num_heads"], call["query"], call["key"]
-        weight, bias = call["in_proj_weight"], call["in_proj_bias"]
-        width = query.shape[-1]
-        if (name, "scores") in self._changes:
-            n, b, m = query.shape[0], query.shape[1], key.shape[0]
-            mask = call.get("attn_mask")
-            if mask is not None and mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask, -math.inf)
-            scores = query.new_zeros(b, heads, n, m)
-            if mask is not None:
-                scores = scores + mask.view(-1, heads if mask.ndim == 3 else 1, n, m)
-            call["attn_mask"] = self._apply(name, "scores", scores).flatten(0, 1)
-        factor = self._head_factor(name, query.new_empty(1, heads, 1, 1))
-        if factor is not None and weight is not None:
-            rows = torch.cat([query.new_ones(2 * width), factor.flatten().repeat_interleave(width // heads)])
-            call["in_proj_weight"] = weight * rows[:, None]
-            call["in_proj_bias"] = None if bias is None else bias * rows
-        wanted = call.get("need_weights", True)
-        averaged = call.get("average_attn_weights", True)
-        out, probs = func(**{**call, "need_weights": True, "average_attn_weights": False})
-        if self._wants(name, "attention", "q", "k", "v"):
-            view = View(name)
-            if self._wants(name, "q", "k", "v") and weight is not None:
-                w, c = weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
-                sources = (query, key, call["value"])
-                made = [F.linear(s, w[i], c[i]).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for i, s in enumerate(sources)]
-                self._note(view, None, q=made[0], k=made[1], v=made[2])
-            self.views.append(self._note(view, probs if self._wants(name, "attention") else None))
-        if not wanted:
-            return out, None
-        return out, probs.mean(1) if averaged else probs
+
+def _again() -> bool:
+    """Whether this runs inside a backward pass: gradient checkpointing computes anew what was seen before."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def glass(

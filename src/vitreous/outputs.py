@@ -9,7 +9,6 @@ head is an identity, or that ends in a norm, a pooling or a residual, is feature
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +16,12 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import VitreousError
+from .own import run, still
 
 CLASSES = ("logits", "cls_logits", "scores", "pred_logits", "probs")
 FEATURES = ("image_embeds", "image_features", "pooler_output", "x_norm_clstoken", "embeddings", "features", "last_hidden_state")
@@ -152,16 +153,10 @@ class Follow(TorchFunctionMode):
 
 
 def _find_out(model: nn.Module, x: Tensor) -> bool:
-    while isinstance(model, nn.DataParallel):
-        model = model.module
-    first = next((p for p in model.parameters()), None)
-    x = x if first is None or not first.is_floating_point() else x.to(first)
-    x = x.detach().clone()
-    follow, thread = Follow(x), threading.get_ident()
+    first = next((p for p in model.parameters() if p.is_floating_point()), x)
+    follow = Follow(x := x.detach().to(first.device))
 
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if threading.get_ident() != thread:
-            return
         for name, t in tensors(out).items():
             made = follow.made.get(t)
             if made is None:  # computed where no mode sees it, as in a scripted module
@@ -170,18 +165,15 @@ def _find_out(model: nn.Module, x: Tensor) -> bool:
             made.modules.append(module)
             made.names.append(name)
 
-    hooked = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in hooked]
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), follow:
-            name, y = _answer(model(x))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m in training:
-            m.training = True
+    with torch.no_grad(), still(model) as own:
+        handles = [m.register_forward_hook(note, with_kwargs=True) for m in own.modules() if not isinstance(m, ScriptModule)]
+        try:
+            with follow:
+                name, y = _answer(run(own, x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        weights = {id(t): n for n, t in (*own.named_parameters(), *own.named_buffers())}
     if name in CLASSES or name in FEATURES:
         return name in FEATURES
     if y.ndim != 2:
@@ -198,7 +190,6 @@ def _find_out(model: nn.Module, x: Tensor) -> bool:
     counts = [c for m in chain if isinstance(c := getattr(m, "num_classes", None), int)]
     if 0 in counts:
         return True
-    weights = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     if source is None or _classes(source, weights) or any(_owns(m, y.shape[1], weights) for m in chain):
         return False
     # A head that computes in a way of its own; but one that was taken off leaves the number of classes behind.
