@@ -136,10 +136,75 @@ def test_wrong_recipes(text: str, message: str) -> None:
         Recipe.from_json(text)
 
 
-@pytest.mark.parametrize("text", ["EViT(", "EViT(0.7)", "EViT(keep=__import__('os'))", "Nothing()"])
+WRONG_TEXTS = {
+    "EViT(": "cannot read",
+    "EViT(0.7)": "name each parameter",
+    "EViT(keep=__import__('os'))": "plain values",
+    "Nothing()": "unknown step",
+    "EViT] + [RepQ": "a bracket closes",
+    "EViT], [RepQ": "a bracket closes",
+    "EViT][0:1": "a bracket closes",
+    "EViT(name=1)": "no parameter 'name'",
+    "EViT(self=1)": "no parameter 'self'",
+    "EViT(keep=0.5, keep=0.7)": "'keep' is given twice",
+    "EViT(**{'keep': 0.5})": "name each parameter",
+    "EViT(*[0.5])": "name each parameter",
+    "EViT(keep={[]: 1})": "plain values",
+    "EViT(keep=1e999)": "finite",
+    "EViT(keep=-1e999)": "finite",
+    f"EViT(keep={'9' * 30})": "finite",
+    f"EViT(keep={'9' * 400})": "finite",
+    f"EViT(keep={'9' * 5000})": "cannot read",
+    f"EViT(at=({'9' * 30},))": "must be",
+    f"ToMe(r={'9' * 30})": "finite",
+    "ToMe(r=True)": "must be int",
+    "WeightOnly(bits=8.0)": "must be",
+    "EViT(keep=1j)": "must be float",
+    "EViT(keep=b'x')": "must be float",
+    "EViT\0": "cannot read",
+    "\ud800": "cannot read|unknown",
+    "x" * 300: "unknown step",
+    f"EViT({'k' * 300}=1)": "no parameter",
+    "(" * 5000: "cannot read",
+    "[" * 150 + "]" * 150: "unknown step",
+    "-" * 5000 + "1": "cannot read",
+    "1 if": "cannot read",
+    "lambda: 1": "unknown step",
+    "EViT()()": "unknown step",
+    "x := 1": "cannot read|unknown",
+    "1is 2": "unknown step",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_TEXTS, ids=lambda text: repr(text[:20]))
+@pytest.mark.filterwarnings("error")
 def test_wrong_step_texts(text: str) -> None:
-    with pytest.raises(vt.VitreousError):
+    with pytest.raises(vt.VitreousError, match=WRONG_TEXTS[text]) as caught:
         Recipe.parse(text)
+    assert len(str(caught.value)) < 1500
+
+
+def test_recipes_that_are_no_recipes(tmp_path: Path) -> None:
+    odd = {
+        "nul": b'[{"step": "tokens.EViT\\u0000"}]',
+        "not utf-8": b"\xff\xfe\x00",
+        "deep": b"[" * 100_000,
+        "twice": b'[{"step": "EViT", "keep": 0.5, "keep": 0.7}]',
+        "name": b'[{"step": "EViT", "name": 1}]',
+        "not a number": b'[{"step": "EViT", "keep": NaN}]',
+        "digits": b'[{"step": "EViT", "keep": ' + b"9" * 5000 + b"}]",
+        "long": b" " * 2_000_000,
+        "empty": b"",
+    }
+    for name, content in odd.items():
+        (tmp_path / name).write_bytes(content)
+    for path in (*(tmp_path / name for name in odd), tmp_path, tmp_path / "a\0b", tmp_path / ("x" * 300), "/dev/zero"):
+        with pytest.raises(vt.VitreousError):
+            Recipe.read(path)
+    (tmp_path / "marked").write_text('[{"step": "EViT", "keep": 0.5}]', encoding="utf-8-sig")
+    assert str(Recipe.read(tmp_path / "marked")) == "tokens.EViT(keep=0.5)"
+    assert Recipe.parse("EViT(keep=1), ToMe(r=2)").steps == (make_step("EViT", keep=1.0), make_step("ToMe", r=2))
+    assert Recipe.parse("").steps == ()
 
 
 def test_slim_tells_its_progress_and_takes_an_empty_recipe(vit: nn.Module, images: Tensor) -> None:

@@ -11,7 +11,6 @@ import copy
 import functools
 import json
 import os
-import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 from .calibrate import images
 from .errors import VitreousError, nearest
 from .folders import locked
+from .schema import fits, named, read_json, short
 from .untie import untie
 from .work import Work, fingerprint, working
 
 REGISTRY: dict[str, type[Step]] = {}
+LONGEST = 10**6  # bytes of a recipe
 Kind = TypeVar("Kind", bound="type[Step]")
 
 
@@ -47,6 +48,8 @@ class Step:
 
     family: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
+    # The keys of its plan and the type hint of each, by which saved plans are checked; one that allows None may be missing.
+    plans: ClassVar[dict[str, Any]] = {}
 
     @property
     def name(self) -> str:
@@ -107,7 +110,17 @@ class Step:
             plan["untied"] = untied
             first = ", ".join(untied[:3]) + (f" and {len(untied) - 3} more" if len(untied) > 3 else "")
             warnings.warn(f"{first} shared weights with other layers: from {self.name} on each has its own", stacklevel=3)
+        self.check_plan(plan)
         return remember(new, History(history.base, [*history.done, (self, plan)])).eval()
+
+    def check_plan(self, plan: object) -> None:
+        """Raise `VitreousError` for what cannot be a plan of this step."""
+        hints = {**self.plans, "covers": str | None, "untied": list[str] | None}  # the last two `apply` adds
+        if not isinstance(plan, dict) or plan.keys() - hints.keys():
+            raise VitreousError(f"{self.name} has no such plan: {short(plan)}")
+        for key, hint in hints.items():
+            if not fits(plan.get(key), hint):
+                raise VitreousError(f"{self.name}: '{key}' in its plan must be {named(hint)}, not {short(plan.get(key))}")
 
     def to_dict(self) -> dict[str, Any]:
         return {"step": self.name, **asdict(self)}
@@ -128,52 +141,33 @@ def step(family: str) -> Callable[[Kind], Kind]:
     return register
 
 
-def make_step(name: str, **parameters: Any) -> Step:
+def make_step(name: str, /, **parameters: Any) -> Step:
     """The step called `name` ("tokens.EViT", or "EViT" when that is unique), with its parameters checked."""
     wanted = name.lower()
     found = [n for n in REGISTRY if wanted in (n.lower(), n.split(".")[1].lower())]
     if len(found) != 1:
-        short = [n.split(".")[1] for n in REGISTRY]
-        hint = nearest(name, [*REGISTRY, *short]) or f"; there are {', '.join(sorted(REGISTRY))}"
-        raise VitreousError(f"unknown step '{name}'{hint}")
+        names = [*REGISTRY, *(n.split(".")[1] for n in REGISTRY)]
+        hint = nearest(name[:100], names) or f"; there are {', '.join(sorted(REGISTRY))}"
+        raise VitreousError(f"unknown step {short(name)}{hint}")
     cls = REGISTRY[found[0]]
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}
     values = {}
     for key, value in parameters.items():
         if key not in known:
-            hint = nearest(key, known) or f"; it has {', '.join(known) or 'none'}"
-            raise VitreousError(f"step {found[0]} has no parameter '{key}'{hint}")
+            hint = nearest(key[:100], known) or f"; it has {', '.join(known) or 'none'}"
+            raise VitreousError(f"step {found[0]} has no parameter '{key[:100]}'{hint}")
         value = tuple(value) if isinstance(value, list) else value
-        if (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and _fits(float(value), hints[key])
-            and not _fits(value, hints[key])
-        ):
+        if isinstance(value, int) and fits(value, int) and not fits(value, hints[key]) and fits(float(value), hints[key]):
             value = float(value)
-        if not _fits(value, hints[key]):
-            wanted_type = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
-            raise VitreousError(f"step {found[0]}: '{key}' must be {wanted_type}, not {value!r}")
+        if not fits(value, hints[key]):
+            huge = isinstance(value, int | float) and not isinstance(value, bool) and not fits(value, int | float)
+            wanted_type = "finite and below 2⁵³" if huge else named(hints[key])
+            raise VitreousError(f"step {found[0]}: '{key}' must be {wanted_type}, not {short(value)}")
         values[key] = value
     if missing := [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]:
         raise VitreousError(f"step {found[0]} needs '{missing[0]}'")
     return cls(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
-    if hint is type(None):
-        return value is None
-    if hint in (int, float):
-        return type(value) is hint
-    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -185,29 +179,22 @@ class Recipe:
     @staticmethod
     def parse(text: str) -> Recipe:
         """From `"tokens.EViT(keep=0.7), quant.RepQ(weights=8)"`, the way steps are written in Python."""
+        wrong = f"cannot read the steps {short(text)}"
         try:
-            tree = ast.parse(f"[{text}]", mode="eval").body
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the parser thinks of odd code
+                tree = ast.parse(f"[{text}]", mode="eval").body
+            if not isinstance(tree, ast.List):
+                raise VitreousError(f"{wrong}: a bracket closes what it did not open; write them as EViT(keep=0.7), RepQ()")
+            return Recipe(tuple(_one_step(node) for node in tree.elts))
         except SyntaxError as error:
-            raise VitreousError(f"cannot read the steps {text!r}: {error.msg}; write them as EViT(keep=0.7), RepQ()") from None
-        assert isinstance(tree, ast.List)
-        steps = []
-        for node in tree.elts:
-            call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-            try:
-                parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-            except ValueError:
-                raise VitreousError(f"cannot read {ast.unparse(call)!r}: parameters must be plain values") from None
-            if call.args:
-                raise VitreousError(f"cannot read {ast.unparse(call)!r}: name each parameter, as in EViT(keep=0.7)")
-            steps.append(make_step(ast.unparse(call.func), **parameters))
-        return Recipe(tuple(steps))
+            raise VitreousError(f"{wrong}: {error.msg}; write them as EViT(keep=0.7), RepQ()") from None
+        except (ValueError, RecursionError, MemoryError) as error:  # a NUL byte; brackets by the hundred
+            raise VitreousError(f"{wrong}: {error or 'nested too deeply'}; write them as EViT(keep=0.7), RepQ()") from None
 
     @staticmethod
     def from_json(text: str, source: str = "recipe") -> Recipe:
-        try:
-            entries = json.loads(text)
-        except ValueError as error:
-            raise VitreousError(f"{source} is not JSON: {error}") from None
+        entries = read_json(text, source)
         if isinstance(entries, dict) and set(entries) == {"steps"}:
             entries = entries["steps"]
         if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("step"), str) for e in entries):
@@ -219,15 +206,34 @@ class Recipe:
     @staticmethod
     def read(path: str | Path) -> Recipe:
         try:
-            return Recipe.from_json(Path(path).read_text(), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise VitreousError(f"cannot read the recipe {path}: {error}") from None
+            with Path(path).open("rb") as file:
+                text = file.read(LONGEST + 1)  # of a device there is no end
+            if len(text) > LONGEST:
+                raise VitreousError(f"cannot read the recipe {path}: longer than {LONGEST // 10**6} MB")
+            return Recipe.from_json(text.decode("utf-8-sig"), str(path))
+        except (OSError, ValueError) as error:
+            raise VitreousError(f"cannot read the recipe {short(str(path))}: {error}") from None
 
     def to_json(self) -> str:
         return json.dumps([s.to_dict() for s in self.steps], indent=2)
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps)) or "nothing"
+
+
+def _one_step(node: ast.expr) -> Step:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    said = short(ast.unparse(call))
+    if call.args or any(k.arg is None for k in call.keywords):
+        raise VitreousError(f"cannot read {said}: name each parameter, as in EViT(keep=0.7)")
+    names = [str(k.arg) for k in call.keywords]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise VitreousError(f"cannot read {said}: '{twice[0]}' is given twice")
+    try:
+        parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (ValueError, TypeError):
+        raise VitreousError(f"cannot read {said}: parameters must be plain values") from None
+    return make_step(ast.unparse(call.func), **parameters)
 
 
 @dataclass

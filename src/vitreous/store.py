@@ -15,19 +15,23 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 
 from .data.transform import preparation
-from .errors import VitreousError, nearest
+from .errors import VitreousError
 from .expects import class_names, expect, expectations, restore
 from .files import check, write_whole
 from .models.bundled import CLASSES, WEIGHTS
-from .steps import History, history_of, make_step, refuse_nan, remember
+from .outputs import tensors
+from .record import HUBS, affordable, arguments, read_record, refuse_hub
+from .steps import History, history_of, refuse_nan, remember
 from .untie import untie
+from .work import fingerprint
 
 BUNDLED = "vit_fashion"
 KEY = "vitreous"
+SUM = "vitreous_sum"  # by which damage is told
 
 
 def open_model(
@@ -74,15 +78,18 @@ def _opened(
             _fill(opened, _read_safetensors(WEIGHTS)[0], f"the package ({WEIGHTS.name})")
             expect(opened, classes=CLASSES)
     elif Path(model).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or Path(model).is_file():
-        return load(model)
+        return load(model, pretrained=pretrained)
     else:
         name = str(model)
-        if name.split(".")[0] not in timm.list_models() and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-            raise VitreousError(f"unknown model '{name}'{nearest(name, timm.list_models()) or ': see timm.list_models()'}")
+        refuse_hub(name, pretrained)
+        if not name.startswith(HUBS):
+            arguments(name)
         opened = _create(name, pretrained, kwargs)
     if checkpoint is not None:
         _fill(opened, _resample_positions(opened, read_weights(checkpoint)), str(checkpoint))
     refuse_nan(opened)
+    if checkpoint is not None:
+        refuse_overflow(opened, str(checkpoint))
     return remember(opened, History({"name": name, "kwargs": kwargs}))
 
 
@@ -196,15 +203,33 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     history = history_of(model)
     steps = [{**s.to_dict(), "plan": plan} for s, plan in history.done]
     about = {"base": history.base, "steps": steps, "expects": expectations(model)}
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    write_whole(path, save(state, {KEY: json.dumps(about), "format": "pt"}))
+    # `torch.compile` puts a module around each that it compiles, whose name is no part of the model
+    state = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    try:
+        text = json.dumps(about, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise VitreousError(f"cannot save how this model was made, its arguments must be plain values: {error}") from None
+    read_record(text, path.name, network=True)  # what could not be loaded again is not saved
+    write_whole(path, _ordered(save(state, {KEY: text, SUM: fingerprint(text, state), "format": "pt"})))
     return path
 
 
-def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
+def _ordered(file: bytes) -> bytes:
+    """The same safetensors file with its metadata in order, which safetensors shuffles: equal models make equal files."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(file)[start:]))
+
+
+def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = False) -> nn.Module:
     """The model in a file written by `save`: its base is built again, its steps' structure, then its weights.
 
-    Raises `VitreousError` when the file is broken or was not written by `save`, or when it needs a `base`.
+    The file decides no more than `record` allows; nothing in it makes anything download, unless `pretrained` is asked for and
+    its base was opened from a hub. Raises `VitreousError` when the file is broken or was not written by `save`, when its
+    weights are not finite or compute what is not, or when it needs a `base`.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,30 +242,60 @@ def load(path: str | Path, base: nn.Module | None = None) -> nn.Module:
     state, metadata = _read_safetensors(path)
     if KEY not in metadata:
         raise VitreousError(f"{path} holds weights but no recipe: name its timm model and pass the file as the checkpoint")
-    try:
-        about = json.loads(metadata[KEY])
-        named, entries = about["base"], [dict(e) for e in about["steps"]]
-        done = [(make_step(e.pop("step"), **e), plan) for e in entries for plan in [e.pop("plan")]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise VitreousError(
-            f"the recipe inside {path} cannot be read ({error}): the file is damaged or from a newer version"
-        ) from error
-    if base is None:
-        if named is None:
-            raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
-        kwargs = named["kwargs"]
-        model = _create(named["name"], False, kwargs).eval()
-    else:
+    if SUM in metadata and metadata[SUM] != fingerprint(metadata[KEY], state):
+        raise VitreousError(f"{path} is damaged: its weights are not those that were written. Take another copy of it")
+    record = read_record(metadata[KEY], str(path), pretrained)
+    if base is not None:
         model = copy.deepcopy(base).eval()
-    for s, plan in done:
-        if plan.get("untied"):
-            untie(model)
-        s.build(model, plan)
+    elif record.base is None:
+        raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
+    else:
+        affordable(record.base, state, str(path))
+        model = _create(record.base["name"], False, record.base["kwargs"]).eval()
+    for s, plan in record.done:
+        try:
+            if plan.get("untied"):
+                untie(model)
+            s.build(model, plan)
+        except VitreousError as error:
+            raise VitreousError(f"the recipe inside {path} does not fit its model: {error}") from error
+        except Exception as error:  # a plan of the right form for another model
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise VitreousError(f"the recipe inside {path} does not fit its model: {s.name}: {reason}") from error
         model.eval()
     for name, p in state.items():  # weights come back in the precision they were saved in
         if name in model.state_dict() and p.is_floating_point() and model.state_dict()[name].dtype != p.dtype:
             model = model.to(p.dtype)
             break
     _fill(model, state, str(path))
-    restore(model, about.get("expects") or {})
-    return remember(model, History(named, done)).eval()
+    refuse_nan(model)
+    refuse_overflow(model, str(path))
+    restore(model, record.expects)
+    return remember(model, History(record.base, record.done)).eval()
+
+
+def refuse_overflow(model: nn.Module, source: str) -> None:
+    """Raise `VitreousError` when finite weights compute what is not finite, on one image of noise of the model's own size.
+
+    Not told of weights in half precision, which overflow on processors where their authors did not run them, nor of models
+    that do not say the size of their images.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if size is None or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        return
+    sides: Any = to_2tuple(getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:])
+    channels: Any = getattr(model, "in_chans", None) or size[0]
+    image = torch.randn(1, channels, *sides, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            out = tensors(model(image))
+    except Exception:  # not a model of pictures as its configuration tells them: it says so when it is run
+        return
+    for name, value in out.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise VitreousError(
+                f"the weights in {source} are finite, and what they compute is not ('{name}' holds NaN or infinity): the file is "
+                "damaged, or training diverged"
+            )

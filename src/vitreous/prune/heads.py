@@ -99,6 +99,7 @@ class Heads(Step):
     share: float = 0.25
 
     needs_calibration: ClassVar[bool] = True
+    plans: ClassVar[dict[str, Any]] = {"heads": list[list[int]]}
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class Auto(PostTraining):
 
     With 8 and 8 bits all of it is deployable: uint8 inputs, int8 weights, static scales. Parameters as at `PostTraining`.
     """
+
+    plans: ClassVar[dict[str, Any]] = {**PostTraining.plans, "why": dict[str, str]}
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         super().build(model, plan)

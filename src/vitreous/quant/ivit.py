@@ -177,6 +177,7 @@ class IViT(Step):
     """
 
     needs_calibration: ClassVar[bool] = True
+    plans: ClassVar[dict[str, Any]] = {"ranges": dict[str, list[float]], "outside": dict[str, str]}
     deployable: ClassVar[bool] = True
 
     def refuse_after(self, done: Sequence[Step]) -> str:

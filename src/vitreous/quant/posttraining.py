@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,11 @@ class PostTraining(Step):
     reduce_range: bool | None = None
 
     needs_calibration: ClassVar[bool] = True
+    plans: ClassVar[dict[str, Any]] = {
+        "reduce_range": bool,
+        "layers": dict[str, list[str]],
+        "bits": dict[str, list[Literal[2, 3, 4, 5, 6, 7, 8]]],
+    }
 
     def __post_init__(self) -> None:
         for field in ("weights", "activations"):

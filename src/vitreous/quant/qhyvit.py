@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,8 @@ class QHyViT(PostTraining):
 
     What else is quantized, and the parameters, are described at `PostTraining`.
     """
+
+    plans: ClassVar[dict[str, Any]] = {**PostTraining.plans, "folds": list[list[str]]}
 
     def plan(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any]:
         plan = super().plan(model, calibration)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,8 @@ class WeightOnly(Step):
         layer change least; both need calibration images. Inputs are those of the float model, in one pass; the papers take
         them behind the layers that are quantized already.
     """
+
+    plans: ClassVar[dict[str, Any]] = {"layers": list[str]}
 
     bits: Literal[8, 4] = 8
     group: int | None = None

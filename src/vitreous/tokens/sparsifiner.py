@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,8 @@ class Sparsifiner(Step):
     in which that leaves them. Exports to every format, but no runtime here multiplies sparse maps: the mask alone saves no
     time, and the published saving is one of counted operations. `budget=1` is the identity.
     """
+
+    plans: ClassVar[dict[str, Any]] = {"tokens": list[int]}
 
     budget: float = 0.25
 

@@ -1,0 +1,141 @@
+"""What a saved file says of itself: how its model is built again. All of it is checked before anything is built.
+
+A file decides no more than which known architecture, with which plain arguments of its constructors, and which known steps with
+which parameters and plans. It cannot name other files, reach the network, or ask for more memory than its weights are worth.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+from .errors import VitreousError, nearest
+from .expects import KEPT
+from .schema import fits, read_json, short
+from .steps import Step, make_step
+
+# Arguments by which timm reads files or the network, or answers another thing than a model.
+NEVER = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+WORD = re.compile(r"[\w.+-]{0,100}")
+LARGEST = 2**20  # of an argument: image side, width, number of classes
+SPARE = 16  # how many times the numbers in the file a model may hold before its steps make it smaller
+SHALLOW = 4  # how deep lists may lie in an argument
+
+
+@dataclass
+class Record:
+    base: dict[str, Any] | None
+    done: list[tuple[Step, dict[str, Any]]] = field(default_factory=list)
+    expects: dict[str, Any] = field(default_factory=dict)
+
+
+def read_record(text: str, source: str, network: bool = False) -> Record:
+    """What `save` wrote about a model. `network`: whether a name that makes timm read a hub or a folder is allowed.
+
+    Raises `VitreousError` for all that `save` does not write.
+    """
+    said = read_json(text, f"the recipe inside {source}")
+    damaged = f"the recipe inside {source} cannot be read (%s): the file is damaged or from a newer version"
+    if not isinstance(said, dict) or not {"base", "steps"} <= said.keys() or said.keys() - {"base", "steps", "expects"}:
+        raise VitreousError(damaged % "it names no base and no steps, or something else")
+    base, entries = said["base"], said["steps"]
+    if base is not None and not fits(base, dict[str, Any]):
+        raise VitreousError(damaged % "its base is no mapping")
+    if base is not None:
+        _check_base(base, source, network)
+    if not isinstance(entries, list):
+        raise VitreousError(damaged % "its steps are no list")
+    done = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), str) or "plan" not in entry:
+            raise VitreousError(damaged % "a step has no name or no plan")
+        parameters = {k: v for k, v in entry.items() if k not in ("step", "plan")}
+        try:
+            step = make_step(entry["step"], **parameters)
+            step.check_plan(entry["plan"])
+        except VitreousError as error:
+            raise VitreousError(damaged % error) from None
+        done.append((step, entry["plan"]))
+    expects = said.get("expects", {})
+    plain = fits(expects, dict[str, str | float | int | list[str] | list[float | int] | None])
+    if not plain or not set(expects) <= {*KEPT, "label_names"} or not all(_plain(expects.get(key)) for key in KEPT):
+        raise VitreousError(damaged % "what it expects of images is no plain value")
+    return Record(base, done, expects)
+
+
+def _check_base(base: dict[str, Any], source: str, network: bool) -> None:
+    name, kwargs, notes = base.get("name"), base.get("kwargs"), base.get("notes", [])
+    if base.keys() - {"name", "kwargs", "notes"} or not isinstance(name, str) or not fits(notes, list[str]):
+        raise VitreousError(f"{source} does not say by a name what model it was made from: the file is damaged")
+    if not isinstance(kwargs, dict):
+        raise VitreousError(f"{source} names its model's arguments in no mapping: the file is damaged")
+    if name.startswith(HUBS):
+        refuse_hub(name, network)
+        return
+    allowed = arguments(name)
+    for key, value in kwargs.items():
+        if key not in allowed:
+            raise VitreousError(
+                f"{source} wants to build '{name}' with the argument {short(key)}, which is none of its architecture's: the file "
+                "is damaged, or was made to do harm"
+            )
+        if not _plain(value):
+            raise VitreousError(f"{source} wants to build '{name}' with {key}={short(value)}, which is no plain value")
+
+
+def refuse_hub(name: str, network: bool) -> None:
+    """Raise `VitreousError` for a name by which timm reads the network or another folder, unless that was asked for."""
+    if name.startswith(HUBS) and not network:
+        raise VitreousError(f"{short(name)} makes timm read the network or another folder: ask for pretrained if you trust it")
+
+
+def known(name: str) -> bool:
+    """Whether timm has the architecture, with or without the tag of its weights behind a dot."""
+    return bool(re.fullmatch(r"\w{1,100}(\.\w{1,100})?", name)) and timm.is_model(name.split(".")[0])
+
+
+def arguments(name: str) -> set[str]:
+    """What the constructors of an architecture, and of what it is made of, take by name. Raises `VitreousError` for no name."""
+    if not known(name):
+        raise VitreousError(f"unknown model {short(name)}{nearest(name[:100], timm.list_models()) or ': see timm.list_models()'}")
+    home = sys.modules[model_entrypoint(name.split(".")[0]).__module__]
+    classes = {
+        c for found in vars(home).values() if isinstance(found, type) and issubclass(found, nn.Module) for c in found.mro()
+    }
+    return {p for c in classes if c not in (nn.Module, object) for p in inspect.signature(c.__init__).parameters} - NEVER
+
+
+def _plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, list | tuple):
+        return depth < SHALLOW and len(value) <= 64 and all(_plain(v, depth + 1) for v in value)
+    if isinstance(value, str):
+        return WORD.fullmatch(value) is not None
+    return value is None or isinstance(value, bool) or (fits(value, int | float) and abs(value) <= LARGEST)
+
+
+def affordable(base: dict[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise `VitreousError` when the model that a file asks for is out of proportion to its weights; costs no memory."""
+    for key, value in base["kwargs"].items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(word in key for word in ("dep", "layers", "blocks")) and any(fits(v, int) and v > len(state) for v in values):
+            raise VitreousError(f"{source} asks for {key}={short(value)}, and holds {len(state)} tensors: the file is damaged")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(base["name"], **base["kwargs"])
+    except Exception:  # some models cannot be built without numbers: they are built as they are
+        return
+    wanted, there = sum(p.numel() for p in model.state_dict().values()), sum(p.numel() for p in state.values())
+    if wanted > SPARE * there + 2**20:
+        raise VitreousError(
+            f"{source} asks for a model of {wanted / 1e6:.0f} million numbers, and holds {there / 1e6:.1f}: the file is damaged"
+        )
