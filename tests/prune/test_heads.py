@@ -252,3 +252,97 @@ def test_refusals(vit: nn.Module, images: Tensor) -> None:
         slim(swin, Heads(), images)
     with pytest.raises(VitreousError, match="none"):
         slim(timm.create_model("resnet18"), Heads(), images)
+
+
+# ---- where the loss says nothing
+
+
+def test_one_logit_is_ranked_by_how_far_it_moves(images: Tensor) -> None:
+    model = small_vit(depth=2)
+    model.head = nn.Linear(48, 1)
+    found, step = importance(model, images), 1e-2
+
+    def logit(layer: int, head: int, factor: float) -> Tensor:
+        with torch.no_grad(), glass(model, record=()) as g:
+            g.mask_heads(layer, head, factor=factor)
+            return model(images)[:, 0]
+
+    for layer in range(2):
+        slopes = [(logit(layer, h, 1 + step) - logit(layer, h, 1 - step)).abs().mean() / (2 * step) for h in range(3)]
+        torch.testing.assert_close(found[layer], torch.stack(slopes), atol=1e-4, rtol=1e-2)
+    assert sum(map(len, removed_from(slim(model, Heads(share=0.34), images)))) == 2
+
+
+def test_a_loss_that_is_certain_leaves_it_to_the_output(images: Tensor) -> None:
+    model = small_vit(depth=2)
+    with torch.no_grad():
+        model.head.bias[3] = 1e4  # its probability is exactly 1
+    found, flat = importance(model, images), small_vit(depth=2)
+    flat.vitreous_embeds = True
+    for a, b in zip(found, importance(flat, images), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+class Returns(nn.Module):
+    """A model whose answer lies in a dict, a tuple or an object."""
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.model(x)
+        return {"dict": {"logits": y, "extra": x}, "tuple": (y, x), "half": y.half()}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "half"])
+def test_the_answer_is_found_in_what_the_model_returns(kind: str, images: Tensor) -> None:
+    expected = importance(small_vit(depth=2), images)
+    for a, b in zip(importance(Returns(small_vit(depth=2), kind), images), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2 if kind == "half" else 1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_models_lose_the_heads_that_the_whole_model_loses(dtype: torch.dtype, images: Tensor) -> None:
+    small = slim(small_vit(depth=2).to(dtype), Heads(share=0.34), images)
+    assert removed_from(small) == removed_from(slim(small_vit(depth=2), Heads(share=0.34), images))
+    assert small(images.to(dtype)).dtype == dtype
+
+
+def test_a_block_that_runs_again_and_again(images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    model = small_vit(depth=1)
+    model.blocks = nn.Sequential(Twice(model.blocks[0]))
+    small = slim(model, Heads(share=0.34), images)
+    torch.testing.assert_close(small(images), masked(model, removed_from(small), images), **SAME)
+
+
+def test_no_signal_prunes_nothing(images: Tensor) -> None:
+    dead = small_vit(depth=1)
+    with torch.no_grad():
+        dead.blocks[0].attn.proj.weight.zero_()
+    with pytest.raises(VitreousError, match="no head changes any answer"):
+        slim(dead, Heads(share=0.34), images)
+    with pytest.raises(VitreousError, match="no calibration images"):
+        importance(small_vit(depth=1), images[:0])
+
+    class Diverges(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *slopes: Tensor) -> Tensor:
+            return slopes[0] * torch.nan
+
+    model = small_vit(depth=1)
+    model.norm.register_forward_hook(lambda _, __, out: Diverges.apply(out))
+    with pytest.raises(VitreousError, match="NaN"):
+        slim(model, Heads(share=0.34), images)

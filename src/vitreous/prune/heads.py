@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..anatomy import read
 from ..blocks import plain_blocks
 from ..errors import VitreousError
+from ..outputs import answer, embeds
 from ..steps import Step, step
 
 BATCH = 16
@@ -23,36 +24,58 @@ def importance(model: nn.Module, images: Tensor) -> list[Tensor]:
 
     Michel et al. (2019), section 4.1, before normalisation.
 
-    L is the cross-entropy against the model's own prediction. A model without classes has no such loss: there L is the
-    feature's component along a random direction, another for each image, so that |∂L/∂ξ| measures how far the feature
-    moves. (Its norm would not do: a last layer norm keeps that nearly constant.)
+    L is the cross-entropy against the model's own prediction. A model without classes has no such loss, and where it is constant
+    (one logit; probabilities of exactly 1) it says nothing: there L is the output's component along a random direction, another
+    for each image, so that |∂L/∂ξ| measures how far the output moves. (Its norm would not do: a last layer norm keeps that
+    nearly constant.)
 
-    Raises `VitreousError` where a block is not plain.
+    Raises `VitreousError` where a block is not plain, and where nothing distinguishes heads: no images, NaN, or no head that
+    changes any answer.
     """
     anatomy = read(model)
     anatomy.require_plain("prune.Heads")
-    masks: list[Tensor] = []
+    if not len(images):
+        raise VitreousError("prune.Heads was given no calibration images: give at least one, 32 are usual")
+    heads = {b.attention.name: cast(int, b.attention.heads) for b in anatomy.blocks}
+    projections = {b.attention.name: f"{b.attention.name}.{b.attention.proj}" for b in anatomy.blocks}
+    scores = None
+    if not embeds(model, images[:1]):
+        scores = _slopes(model, images, heads, projections, _cross_entropy)
+    if scores is None or not any(s.any() for s in scores):
+        scores = _slopes(model, images, heads, projections, _random_component)
+    if not all(torch.isfinite(s).all() for s in scores):
+        raise VitreousError("prune.Heads: gradients hold NaN or infinity, by which no head can be chosen; try it in float32")
+    if not any(s.any() for s in scores):
+        raise VitreousError("prune.Heads: no head changes any answer on these images, so none can be said to matter less")
+    return scores
 
-    def mask(heads: int) -> Any:
+
+Loss = Callable[[Tensor], Tensor]
+
+
+def _slopes(model: nn.Module, images: Tensor, heads: dict[str, int], projections: dict[str, str], loss: Loss) -> list[Tensor]:
+    masks: dict[str, list[Tensor]] = {name: [] for name in heads}
+
+    def mask(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             (given,) = args  # [B, N, heads·d], the heads side by side as the output projection takes them
-            scale = torch.ones(len(given), 1, heads, 1, dtype=given.dtype, device=given.device, requires_grad=True)
-            masks.append(scale)
-            return ((given.unflatten(-1, (heads, -1)) * scale).flatten(-2),)
+            if not masks[name]:  # a block that runs again has the same heads
+                masks[name].append(given.new_ones(len(given), 1, heads[name], 1).requires_grad_())
+            return ((given.unflatten(-1, (heads[name], -1)) * masks[name][0]).flatten(-2),)
 
         return hook
 
-    handles = []
-    for b in anatomy.blocks:
-        proj = model.get_submodule(f"{b.attention.name}.{b.attention.proj}")
-        handles.append(proj.register_forward_pre_hook(mask(cast(int, b.attention.heads))))
-    totals = [torch.zeros(cast(int, b.attention.heads)) for b in anatomy.blocks]
+    handles = [model.get_submodule(proj).register_forward_pre_hook(mask(name)) for name, proj in projections.items()]
+    totals = [torch.zeros(h) for h in heads.values()]
+    parameter = next(model.parameters())
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for x in images.split(BATCH):
-                masks.clear()
-                loss = _loss(model(x.clone()), anatomy.classifier is not None)
-                for total, gradient in zip(totals, torch.autograd.grad(loss, masks), strict=True):
+                for kept in masks.values():
+                    kept.clear()
+                out = answer(model(x.clone().to(parameter)))
+                gradients = torch.autograd.grad(loss(out.float()), [m for kept in masks.values() for m in kept])
+                for total, gradient in zip(totals, gradients, strict=True):
                     total += gradient.float().abs().flatten(1).sum(0).cpu()
     finally:
         for handle in handles:
@@ -60,10 +83,12 @@ def importance(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [t / len(images) for t in totals]
 
 
-def _loss(out: Tensor, classes: bool) -> Tensor:
-    """The sum over images: each mask belongs to one image, so their gradients do not mix."""
-    if classes:
-        return F.cross_entropy(out, out.argmax(1), reduction="sum")
+# The sum over images: each mask belongs to one image, so their gradients do not mix.
+def _cross_entropy(out: Tensor) -> Tensor:
+    return F.cross_entropy(out, out.argmax(1), reduction="sum")
+
+
+def _random_component(out: Tensor) -> Tensor:
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     return (F.normalize(direction.flatten(1), dim=1).view_as(out) * out).sum()
 
