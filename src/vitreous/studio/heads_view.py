@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..prove.drawing import data_uri, enlarge
 from ..rows import Rows
 from . import apart
 from .drawing import heat
-from .parts import exports, guarded, heading, plotted
+from .parts import attributes, exports, guarded, heading, plotted, thumb_button
 from .running import Running
 from .session import Session
 
@@ -178,24 +179,22 @@ class _Close:
             self.profile.update_figure(_profile(self._hops(), self.uniform))
         try:
             picture, _ = await asyncio.to_thread(session.pictured, opened, state.image)
-            seen = await asyncio.to_thread(session.look, state.model, state.image, state.layer)
+            seen = await session.look(state.model, state.image, state.layer)
             layer = seen.layers[state.layer] if len(seen.layers) > state.layer else seen.layers[0]
             content = heat(layer.maps()[0, head].numpy(), enlarge(picture).size)
         except VitreousError:
             content = ""
         self.image.set_source(data_uri(enlarge(picture))).set_content(content)
-        self.image.props(f'aria-label="Layer {state.layer}, head {head} on {session.named(state.image)}"')
+        attributes(self.image, aria_label=f"Layer {state.layer}, head {head} on {session.named(state.image)}")
         self.loss.set_text("Without this head: computing…")
         self.strongest.clear()
-        loss = await asyncio.to_thread(opened.without, {state.layer: [head]})
+        loss = await session.newest("head", opened.without({state.layer: [head]}))
         if key != self.key:
             return
         self.loss.set_text(f"Without this head: {loss}. It moves these pictures most:")
         with self.strongest:
             for i in np.argsort(-loss.moved)[:STRONGEST]:
-                with ui.element("button").classes("bare").props(f'aria-label="{session.named(int(i))}"') as button:
-                    ui.element("img").classes("thumb").props(f'src="{session.thumb(int(i))}" alt=""')
-                button.on("click", guarded(lambda i=int(i): session.change(image=i)))
+                thumb_button(session.named(int(i)), session.thumb(int(i)), lambda i=int(i): session.change(image=i))
 
 
 def _numbers(row: dict[str, Any], measures: list[str]) -> str:
@@ -204,7 +203,7 @@ def _numbers(row: dict[str, Any], measures: list[str]) -> str:
         value = row.get(name)
         if value is None:
             continue
-        told = str(value) if isinstance(value, str | int) else f"{value:.4g}"
+        told = escape(str(value)) if isinstance(value, str | int) else f"{value:.4g}"
         if f"{name}_low" in row:
             told += f" <span class='studio-note'>[{row[f'{name}_low']:.4g}, {row[f'{name}_high']:.4g}]</span>"
         cells.append(f"<tr><th scope='row'>{name.replace('_', ' ')}</th><td>{told}</td></tr>")
@@ -251,7 +250,7 @@ class _Removal:
         self.list.set_text(f"Removed: {self.session.state.removed.replace(',', ', ')}" if count else "No head is removed.")
         self.result.set_text("computing…" if count else "")
         if count:
-            loss = await asyncio.to_thread(opened.without, removed)
+            loss = await self.session.newest("removal", opened.without(removed))
             if key == self.shown:
                 self.result.set_text(f"Without {count} of {sum(opened.heads)} heads: {loss}.")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import numpy as np
 from nicegui import ui
+from starlette.datastructures import UploadFile
 
 from .. import see
 from ..errors import VitreousError
@@ -15,7 +15,7 @@ from ..prove.drawing import data_uri, enlarge, survival, tokens_left
 from ..prove.drift import total_variation
 from ..rows import Rows
 from .drawing import Sheet, heat, patch_at, whole_svg
-from .parts import exports, guarded, heading
+from .parts import attributes, exports, guarded, heading, take_files, thumb_button
 from .session import MAX_BYTES, Session
 
 SHOWN = 24  # pictures of the data on one page of the strip
@@ -105,11 +105,11 @@ class _Picture:
             self.content, said = heat(self.values, self.size, patch), self.told()
         self.image.set_content(self.content)
         self.caption.set_text(said)
-        self.image.props(f'aria-label="{session.named(state.image)}. {said} Arrow keys choose a patch."'.replace("\n", " "))
+        attributes(self.image, aria_label=f"{session.named(state.image)}. {said} Arrow keys choose a patch.")
 
     async def attention(self) -> np.ndarray:
         state = self.session.state
-        found = await asyncio.to_thread(self.session.look, state.model, state.image, state.layer)
+        found = await self.session.look(state.model, state.image, state.layer)
         self.answer.set_text(self.session.opened.answer(found.out[0]))
         layer = found.layers[state.layer] if len(found.layers) > state.layer else found.layers[0]
         maps = layer.maps("class" if state.patch < 0 else state.patch)[0]
@@ -152,7 +152,7 @@ class _Sheet:
     async def refresh(self) -> None:
         state = self.session.state
         try:
-            found = await asyncio.to_thread(self.session.look, state.model, state.image, state.layer)
+            found = await self.session.look(state.model, state.image, state.layer)
         except VitreousError:
             found = None
         query = "class" if state.patch < 0 else state.patch
@@ -220,14 +220,13 @@ class _Explanations:
                 return
             try:
                 if method not in self.found:
-                    began = time.perf_counter()
-                    values = await asyncio.to_thread(opened.explain, method, x)
-                    self.found[method] = values, time.perf_counter() - began
+                    self.found[method] = await self.session.newest("explanation", opened.explain(method, x))
             except VitreousError as reason:
                 label.set_text(f"{method}: {reason}")
                 continue
             values, seconds = self.found[method]
-            image.set_content(heat(values, self.base.size)).props(f'aria-label="{method} over {self.session.named(state.image)}"')
+            image.set_content(heat(values, self.base.size))
+            attributes(image, aria_label=f"{method} over {self.session.named(state.image)}")
             label.set_text(f"{method}, {1000 * seconds:.0f} ms")
 
     def rows(self) -> Rows:
@@ -277,8 +276,8 @@ class _Models:
             picture, x = await asyncio.to_thread(session.pictured, opened, image)
             base = enlarge(picture)
             try:
-                values = await asyncio.to_thread(opened.explain, "rollout", x)
-                lost = await asyncio.to_thread(opened.survival, x)
+                values = (await opened.explain("rollout", x))[0]
+                lost = await opened.survival(x)
             except VitreousError as reason:
                 values, lost, said = None, [], str(reason)
             else:
@@ -296,7 +295,7 @@ class _Models:
                     ui.label(said).classes("text-sm")
                 for layer, groups in lost:
                     with ui.column().classes("gap-1").style("width: 140px"):
-                        ui.image(survival(base, groups)).classes("w-full rounded").props(f'alt="Tokens left after {layer}"')
+                        attributes(ui.image(survival(base, groups)).classes("w-full rounded"), alt=f"Tokens left after {layer}")
                         ui.label(f"{layer}: {tokens_left(groups)} tokens").classes("text-sm")
 
 
@@ -318,7 +317,7 @@ class _Strip:
             self.row = ui.row().classes("w-full gap-2 strip")
         back.on_click(guarded(lambda: self.turn(-1)))
         forth.on_click(guarded(lambda: self.turn(1)))
-        self.upload.on_upload(guarded(self.taken))
+        take_files(self.upload, self.taken)
         self.upload.on_rejected(guarded(self.refused))
 
     async def refresh(self) -> None:
@@ -333,22 +332,16 @@ class _Strip:
         self.row.clear()
         with self.row:
             for i, source in pictures.items():
-                picked = " picked" if i == session.state.image else ""
-                with ui.element("button").classes(f"bare{picked}").props(f'aria-label="{session.named(i)}"') as button:
-                    ui.element("img").classes("thumb").props(f'src="{source}" alt=""')
-                button.on("click", guarded(lambda i=i: session.change(image=i)))
+                button = thumb_button(session.named(i), source, lambda i=i: session.change(image=i))
+                button.classes("picked" if i == session.state.image else "")
 
     async def turn(self, by: int) -> None:
         self.page = max(0, self.page + by)
         await self.refresh()
 
-    async def taken(self, event: Any) -> None:
+    async def taken(self, file: UploadFile) -> None:
         self.upload.reset()
-        name = event.file.name
-        if event.file.size() > MAX_BYTES:
-            raise VitreousError(f"{name} is too large: at most {MAX_BYTES // 2**20} MB are taken")
-        content = await event.file.read()
-        number = await asyncio.to_thread(self.session.upload, name, content)
+        number = await self.session.upload(file.filename or "a picture", file.file)
         await self.session.change(image=number, patch=-1)
 
     async def refused(self) -> None:

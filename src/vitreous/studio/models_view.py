@@ -15,7 +15,7 @@ from ..rows import Rows
 from ..steps import Recipe
 from . import apart
 from .opened import Opened, Source
-from .parts import exports, guarded, heading
+from .parts import attributes, exports, guarded, heading
 from .running import Running
 from .session import Session
 
@@ -82,7 +82,9 @@ def models_view(session: Session) -> None:
                 for name, what in FILES.items():
                     if (folder / name).exists():
                         button = ui.button(name, on_click=partial(ui.download, folder / name, name))
-                        button.props(f"outline dense no-caps icon=download aria-label='Download {name}'").classes("px-3")
+                        attributes(button.props("outline dense no-caps icon=download"), aria_label=f"Download {name}").classes(
+                            "px-3"
+                        )
                         button.tooltip(what)
         await session.refresh()
 

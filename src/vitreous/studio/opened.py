@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..cli.options import DataOptions, ModelOptions
 from ..data import Data
 from ..data.transform import preparation
 from ..see.look import Look, look
+from .lane import Lane
 
 HELD = 2**28  # bytes of attention that are kept of an image; of larger models one layer at a time
 IMAGES = 256  # of the data, on which heads are removed
@@ -63,10 +64,10 @@ class Loss:
 
 
 class Opened:
-    """One model with its pictures. Every method may be called from any thread; each blocks until it has the answer.
+    """One model with its pictures, and the questions to it.
 
-    Looking into a model hangs hooks on it, so each copy serves one caller at a time; slow questions have a copy of their
-    own, and never keep a click waiting.
+    Looking into a model hangs hooks on it, so each copy serves one caller at a time, in its lane; slow questions have a copy
+    of their own, and never keep a click waiting.
     """
 
     def __init__(self, source: Source) -> None:
@@ -76,33 +77,27 @@ class Opened:
         self.anatomy = read(self.net)
         self.prepare = preparation(self.net)
         self.known: dict[str, Any] = {}  # what long work found out about this model, for everyone
-        self._quick, self._slow = threading.Lock(), threading.Lock()
-
-    @cached_property
-    def _copy(self) -> nn.Module:
-        return copy.deepcopy(self.net)
+        self._copy = copy.deepcopy(self.net, {id(p): p for p in self.net.parameters()})  # with the same weights
+        self._quick, self._slow = Lane(), Lane()
 
     @property
     def heads(self) -> list[int]:
         """How many heads each attention layer has."""
         return [a.heads or 1 for a in self.anatomy.attention]
 
-    def look(self, x: Tensor, layer: int) -> Look:
+    async def look(self, x: Tensor, layer: int) -> Look:
         """All layers where they fit into `HELD` bytes, else only `layer`."""
         h, w = self.anatomy.grid or (1, 1)
         size = 4 * sum(self.heads) * (self.anatomy.prefix + h * w) ** 2
-        with self._quick:
-            return look(self.net, x, None if size <= HELD else [layer], "the image view")
+        return await self._quick.run(look, self.net, x, None if size <= HELD else [layer], "the image view")
 
-    def explain(self, method: str, x: Tensor) -> np.ndarray:
-        """`[h, w]`, the heatmap of one explanation."""
-        lock, net = (self._quick, self.net) if method in QUICK else (self._slow, self._copy)
-        with lock:
-            return see.METHODS[method](net, x)[0].detach().cpu().numpy()
+    async def explain(self, method: str, x: Tensor) -> tuple[np.ndarray, float]:
+        """`[h, w]`, the heatmap of one explanation, and the seconds that it took once its turn had come."""
+        lane, net = (self._quick, self.net) if method in QUICK else (self._slow, self._copy)
+        return await lane.run(_explained, method, net, x)
 
-    def survival(self, x: Tensor) -> list[tuple[str, np.ndarray]]:
-        with self._quick:
-            return [(layer, groups[0]) for layer, groups in see.survival(self.net, x)]
+    async def survival(self, x: Tensor) -> list[tuple[str, np.ndarray]]:
+        return [(layer, groups[0]) for layer, groups in await self._quick.run(see.survival, self.net, x)]
 
     def prepared(self, picture: Image.Image) -> tuple[Image.Image, Tensor]:
         """A picture as people see it, cut as the model sees it; and as the model reads it, `[1, C, H, W]`."""
@@ -123,11 +118,13 @@ class Opened:
         x = self.data.tensor(range(min(IMAGES, len(self.data))))
         return x, self._answers(x, {})
 
-    def without(self, removed: dict[int, list[int]]) -> Loss:
+    async def without(self, removed: dict[int, list[int]]) -> Loss:
         """What is lost when heads are removed, `{layer: heads}`, on the first `IMAGES` pictures."""
-        with self._slow:
-            x, before = self._tested
-            after = self._answers(x, removed)
+        return await self._slow.run(self._without, removed)
+
+    def _without(self, removed: dict[int, list[int]]) -> Loss:
+        x, before = self._tested
+        after = self._answers(x, removed)
         moved = ((after - before).norm(dim=1) / before.norm(dim=1)).numpy()
         if not getattr(self.net, "num_classes", 0):
             return Loss(moved)
@@ -142,3 +139,8 @@ class Opened:
             for layer, heads in removed.items():
                 g.mask_heads(layer, heads)
             return torch.cat([self._copy(part) for part in x.split(32)])
+
+
+def _explained(method: str, net: nn.Module, x: Tensor) -> tuple[np.ndarray, float]:
+    began = time.perf_counter()
+    return see.METHODS[method](net, x)[0].detach().cpu().numpy(), time.perf_counter() - began

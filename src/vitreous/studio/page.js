@@ -1,3 +1,8 @@
+// NiceGUI resizes a plot also when its view is left, which Plotly refuses of what is not displayed; nothing comes of it.
+addEventListener("unhandledrejection", event => {
+  if (String(event.reason).includes("displayed plot div")) event.preventDefault();
+});
+
 function copyLink() {
   navigator.clipboard.writeText(location.href);
 }

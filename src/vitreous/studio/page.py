@@ -9,9 +9,10 @@ from fastapi import Request
 from nicegui import app, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from . import folders
 from .heads_view import heads_view
 from .image_view import image_view
-from .limits import BodyLimit
+from .limits import BodyLimit, SameOrigin
 from .models_view import models_view
 from .opened import Opened
 from .parts import guarded
@@ -30,7 +31,9 @@ SCRIPT = Path(__file__).parent / "page.js"
 
 def serve(models: list[Opened], host: str, port: int, show: bool) -> None:
     """Serve the studio for these models until it is stopped."""
+    folders.remove_left()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
+    app.add_middleware(SameOrigin)
     app.add_middleware(BodyLimit, limit=MAX_BYTES + 2**20)
     app.on_exception(lambda error: print(f"vitreous studio: {type(error).__name__}: {error}"))
 

@@ -6,13 +6,28 @@ import inspect
 import json
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
-from nicegui import ui
+from fastapi import HTTPException, Request
+from nicegui import app, ui
+from starlette.datastructures import UploadFile
 
 from ..errors import VitreousError
 from ..rows import Rows, as_csv, as_parquet
+from .session import Superseded
+
+E = TypeVar("E", bound=ui.element)
+
+
+def attributes(element: E, **values: str) -> E:
+    """`element` with HTML attributes (`aria_label` is `aria-label`), set as values.
+
+    `props` parses a text, in which a name that somebody else chose could add attributes and code of its own.
+    """
+    element.props.update({name.replace("_", "-"): value for name, value in values.items()})
+    element.update()
+    return element
 
 
 def guarded(handler: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
@@ -22,6 +37,8 @@ def guarded(handler: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
         client = ui.context.client
         try:
             await handler(*arguments)
+        except Superseded:
+            pass
         except Exception as error:
             ours = isinstance(error, VitreousError)
             if not client.is_deleted:  # else the page was closed meanwhile
@@ -35,6 +52,29 @@ def guarded(handler: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
     if any(p.default is p.empty for p in inspect.signature(handler).parameters.values()):
         return lambda event: safe(event)
     return lambda: safe()
+
+
+def thumb_button(name: str, source: str, chosen: Callable[[], Awaitable[None]]) -> ui.element:
+    """A small picture, `source` its address, that can be chosen."""
+    with attributes(ui.element("button").classes("bare"), aria_label=name) as button:
+        attributes(ui.element("img").classes("thumb"), src=source, alt="")
+    return button.on("click", guarded(chosen))
+
+
+def take_files(upload: ui.upload, handler: Callable[[UploadFile], Awaitable[None]]) -> None:
+    """Give each file sent to `upload` to `handler`; what is no file is a 400. (NiceGUI's own route fails on a field of text.)"""
+    address = upload.props["url"]
+    app.remove_route(address)
+
+    @app.post(address, include_in_schema=False)
+    async def take(request: Request) -> dict[str, str]:
+        async with request.form() as form:
+            if not form or not all(isinstance(part, UploadFile) for _, part in form.multi_items()):
+                raise HTTPException(400, "a file is wanted here")
+            for _, part in form.multi_items():
+                with upload:
+                    await guarded(handler)(part)
+        return {}
 
 
 def heading(text: str, note: str = "") -> None:
@@ -60,7 +100,7 @@ def exports(name: str, rows: Callable[[], Rows], svg: Callable[[], str] | None =
     async def data(kind: str) -> None:
         ui.download(as_csv(rows()) if kind == "csv" else as_parquet(rows()), f"{name}.{kind}")
 
-    with ui.button(icon="download").props(f"flat round dense aria-label='Export {name}'"), ui.menu():
+    with attributes(ui.button(icon="download").props("flat round dense"), aria_label=f"Export {name}"), ui.menu():
         for kind in ("svg", "png"):
             ui.menu_item(f"Figure as {kind.upper()}", partial(figure, kind))
         ui.menu_item("Data as CSV", guarded(lambda: data("csv")))

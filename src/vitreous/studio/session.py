@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlencode
 
 from PIL import Image
@@ -16,13 +18,21 @@ from ..data.pictures import Unreadable, read_picture
 from ..errors import VitreousError
 from ..prove.drawing import data_uri
 from ..see.look import Look
+from . import folders
+from .lane import Lane
 from .opened import Opened
 
 MAX_BYTES = 20 * 2**20  # of one upload
 THUMBS = 200
 MAX_UPLOADS = 32  # of one page; the first goes when one more comes
 
+T = TypeVar("T")
 Listener = Callable[[], Awaitable[None]]
+_decoding = Lane()  # one picture at a time, whoever sends it: a decoded one takes hundreds of times the memory of its file
+
+
+class Superseded(Exception):
+    """A newer question took the place of this one before it was answered."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,13 @@ class Session:
     def __init__(self, models: list[Opened], state: State) -> None:
         self.models = list(models)
         self.uploads: dict[int, Upload] = {}  # by numbers below 0: -1 is the first
-        self.folder = tempfile.TemporaryDirectory(prefix="vitreous-studio-")
+        self.folder = tempfile.TemporaryDirectory(dir=folders.own())
         self.listeners: list[Listener] = []
         self.state = self._possible(state)
         self._pictured: dict[tuple[Opened, int], tuple[Image.Image, Tensor]] = {}
         self._looked: dict[tuple[int, int], Look] = {}
         self._thumbs: dict[tuple[Opened, int], str] = {}
+        self._asked: dict[str, asyncio.Task[Any]] = {}
         self._count = 0
 
     async def change(self, **to: Any) -> None:
@@ -90,6 +101,18 @@ class Session:
     async def refresh(self) -> None:
         for listener in list(self.listeners):
             await listener()
+
+    async def newest(self, kind: str, question: Coroutine[Any, Any, T]) -> T:
+        """The answer; one of this kind that is still waiting is given up. Raises `Superseded` when that happens to this one."""
+        if kind in self._asked:
+            self._asked[kind].cancel()
+        task = self._asked[kind] = asyncio.ensure_future(question)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._asked.get(kind) is task:
+                raise
+            raise Superseded from None
 
     def _possible(self, state: State) -> State:
         """The nearest state that there is: a link may come from another model or data set, or another's upload."""
@@ -150,34 +173,41 @@ class Session:
             self._thumbs = dict([*self._thumbs.items(), (key, data_uri(picture))][-THUMBS:])
         return self._thumbs[key]
 
-    def look(self, model: int, image: int, layer: int) -> Look:
+    async def look(self, model: int, image: int, layer: int) -> Look:
         """The attention of a model on an image; that of the last two is kept."""
         found = self._looked.get((model, image))
         opened = self.models[model]
         if found is None or (len(found.layers) < len(opened.heads) and found.layers[0].name != _name(opened, layer)):
-            found = opened.look(self.pictured(opened, image)[1], layer)
+            _, x = await asyncio.to_thread(self.pictured, opened, image)
+            found = await opened.look(x, layer)
             self._looked = dict([*self._looked.items(), ((model, image), found)][-2:])
         return found
 
-    def upload(self, name: str, content: bytes) -> int:
+    async def upload(self, name: str, content: BinaryIO) -> int:
         """Take in a picture; its number. Raises `VitreousError` when it is none, or too large."""
-        if len(content) > MAX_BYTES:
-            raise VitreousError(f"{name} has {len(content) / 2**20:.0f} MB: at most {MAX_BYTES // 2**20} MB are taken")
-        with tempfile.NamedTemporaryFile(dir=self.folder.name) as file:
-            file.write(content)
-            file.flush()
-            try:
-                picture = read_picture(Path(file.name))
-            except Unreadable as reason:
-                raise VitreousError(f"{name} cannot be used: {reason}") from None
-        picture.thumbnail((1024, 1024))
+        picture = await _decoding.run(self._decoded, name, content)
         self._count += 1
         self.uploads[-self._count] = Upload(name, picture)
         for old in list(self.uploads)[:-MAX_UPLOADS]:
             del self.uploads[old]
         return -self._count
 
+    def _decoded(self, name: str, content: BinaryIO) -> Image.Image:
+        with tempfile.NamedTemporaryFile(dir=self.folder.name) as file:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            if (size := file.tell()) > MAX_BYTES:
+                raise VitreousError(f"{name} has {size / 2**20:.0f} MB: at most {MAX_BYTES // 2**20} MB are taken")
+            try:
+                picture = read_picture(Path(file.name))
+            except Unreadable as reason:
+                raise VitreousError(f"{name} cannot be used: {reason}") from None
+        picture.thumbnail((1024, 1024))
+        return picture
+
     def close(self) -> None:
+        for task in self._asked.values():
+            task.cancel()
         self.folder.cleanup()
 
 

@@ -1,0 +1,43 @@
+"""One studio of a small model and one browser for all tests of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from studio_pages import BROWSER, small_data, small_model, studio, visit
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="session")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """What the studio is told to open."""
+    folder = tmp_path_factory.mktemp("studio")
+    return str(small_model(folder)), "--data", str(small_data(folder))
+
+
+@pytest.fixture(scope="session")
+def address(opened: tuple[str, ...]) -> Iterator[str]:
+    with studio(*opened) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright import sync_api as playwright
+
+    with playwright.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    made = visit(browser, address)
+    yield made
+    made.context.close()
