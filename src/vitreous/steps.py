@@ -289,7 +289,7 @@ def slim(
     from . import __version__  # which is set after this room is read
 
     calibration = None if calibration is None else images(model, calibration)
-    kept = _kept_in(resume) if resume else None
+    kept = kept_in(resume) if resume else None
     for s in todo:
         say = functools.partial(progress, str(s)) if progress else lambda share: None
         key = fingerprint(__version__, torch.__version__, s, history_of(model), model, calibration) if kept else ""
@@ -300,8 +300,8 @@ def slim(
     return model if todo else copy.deepcopy(model).eval()
 
 
-def _kept_in(resume: str | Path) -> Path:
-    """The folder, which is tried before the work."""
+def kept_in(resume: str | Path) -> Path:
+    """The folder `resume`, tried before the work. Raises `VitreousError` where nothing can be kept."""
     folder = Path(resume).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

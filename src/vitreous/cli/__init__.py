@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -19,6 +22,8 @@ from .systems import systems
 
 # typer carries its own copy of click, whose usage errors only this reaches
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
+UNFORESEEN = "this was not foreseen"  # how the last net begins
 
 app = typer.Typer(
     name="vitreous",
@@ -44,22 +49,41 @@ def _version(asked: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print versions and stop")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show where in the code an error comes from")] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on stderr and exit status 2."""
+    """Run the command line; whatever goes wrong is one line on stderr and exit status 2, with `--debug` also its trace."""
+    for stream in (sys.stdout, sys.stderr):  # names that are no text, and terminals that know no ×
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    words = sys.argv[1:]
     try:
-        status = app(standalone_mode=False, prog_name="vitreous")
+        try:
+            # --debug may stand anywhere, as nobody knows before that they will want it
+            status = app([w for w in words if w != "--debug"], standalone_mode=False, prog_name="vitreous")
+        except Exception:
+            if "--debug" in words:
+                traceback.print_exc()
+            raise
     except VitreousError as error:
         _stop(str(error), 2)
     except UsageError as error:
         _stop(str(error.format_message()), 2)
     except (typer.Abort, KeyboardInterrupt):
         _stop("stopped: nothing was written", 130)
+    except BrokenPipeError:  # whoever read has gone, as in `vitreous systems | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
+    except MemoryError:
+        _stop("there is not enough memory for this: take fewer or smaller images, or a smaller model", 2)
+    except Exception as error:  # the last net: what should have been refused by name, and was not foreseen
+        reason = (str(error).strip().splitlines() or ["it says no more"])[0]
+        _stop(f"{UNFORESEEN} ({type(error).__name__}: {reason[:300]}); --debug shows where", 2)
     else:
         if status == 130:  # how typer reports Ctrl-C here
             _stop("stopped: nothing was written", 130)

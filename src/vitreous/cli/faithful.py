@@ -28,6 +28,7 @@ def faithful(
 
     from .. import see
     from ..errors import VitreousError, nearest
+    from ..files import writable
     from ..prove import faithfulness
 
     names = [n.strip() for n in methods.split(",")] if methods is not None else list(see.METHODS)
@@ -35,8 +36,8 @@ def faithful(
         if n not in see.METHODS:
             raise VitreousError(f"unknown method '{n}'{nearest(n, see.METHODS) or ': choose ' + ', '.join(see.METHODS)}")
     printed = json == Path("-")
-    if json is not None and not printed and json.exists() and not overwrite:
-        raise VitreousError(f"{json} exists: give another --json, or --overwrite")
+    if json is not None and not printed:
+        writable(json, overwrite, "another --json")
     net = opening.open(model)
     opened = source.open(net, limit=64)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

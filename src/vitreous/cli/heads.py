@@ -29,7 +29,7 @@ def heads(
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from ..errors import VitreousError
-    from ..files import write_whole
+    from ..files import writable, write_whole
     from ..rows import as_csv, as_json, as_parquet, need_parquet
     from ..see.distance import distance
     from ..see.head_importance import head_importance
@@ -39,11 +39,10 @@ def heads(
     printed = json == Path("-")
     files = (("csv", csv), ("json", None if printed else json), ("parquet", parquet))
     targets = {kind: path for kind, path in files if path is not None}
-    for target in targets.values():
-        if target.exists() and not overwrite:
-            raise VitreousError(f"{target} exists: give another name, or --overwrite")
-        if not target.parent.is_dir():
-            raise VitreousError(f"cannot write {target}: there is no folder {target.parent}")
+    for kind, target in targets.items():
+        writable(target, overwrite, f"another --{kind}")
+    if len({target.resolve() for target in targets.values()}) < len(targets):
+        raise VitreousError("two of --csv, --json and --parquet name one file: give each its own")
     if parquet is not None:
         need_parquet()
     net = opening.open(model)

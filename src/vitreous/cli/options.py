@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
 import sys
 import typing
 from collections.abc import Callable
@@ -36,6 +37,13 @@ def _option(help: str, **kwargs: Any) -> Any:
     return typer.Option(help=help, **kwargs)
 
 
+def finite(value: float | None) -> float | None:
+    """Callback of options that are numbers: `nan` and `inf` are none."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter("give a finite number")
+    return value
+
+
 _model = functools.partial(_option, rich_help_panel="Model")
 _data = functools.partial(_option, rich_help_panel="Data")
 
@@ -46,16 +54,16 @@ class ModelOptions:
 
     checkpoint: Annotated[Path | None, _model("local weights for MODEL")] = None
     pretrained: Annotated[bool, _model("download timm's weights for MODEL")] = False
-    num_classes: Annotated[int | None, _model("outputs of MODEL's classifier; 0 for features", min=0)] = None
-    img_size: Annotated[int | None, _model("input size to build MODEL for", min=1)] = None
+    num_classes: Annotated[int | None, _model("outputs of MODEL's classifier; 0 for features", min=0, max=2**20)] = None
+    img_size: Annotated[int | None, _model("input size to build MODEL for", min=1, max=2**14)] = None
     model_arg: Annotated[list[str] | None, _model("what else to build MODEL with, as depth=4; repeatable")] = None
     classes: Annotated[str | None, _model("class names in the order of the outputs: a file, or with commas between")] = None
     mean: Annotated[str | None, _model("pixel mean of the training, 0 to 1, for each channel: 0.5,0.5,0.5")] = None
     std: Annotated[str | None, _model("pixel standard deviation of the training, as --mean")] = None
-    crop_pct: Annotated[float | None, _model("side of the crop as a share of the resized picture")] = None
+    crop_pct: Annotated[float | None, _model("side of the crop as a share of the resized picture", callback=finite)] = None
     interpolation: Annotated[str | None, _model("of the resize: bilinear, bicubic, lanczos …")] = None
     device: Annotated[str | None, _model("cpu, cuda, cuda:1, mps …")] = None
-    threads: Annotated[int | None, _model("threads for torch and the runtimes", min=1)] = None
+    threads: Annotated[int | None, _model("threads for torch and the runtimes", min=1, max=1024)] = None
 
     def kwargs(self) -> dict[str, Any]:
         """These options as `vitreous.open` takes them."""
@@ -88,8 +96,8 @@ class DataOptions:
 
     data: Annotated[str, _data(SETS)] = "sample"
     download: Annotated[bool, _data("let torchvision download DATA")] = False
-    limit: Annotated[int | None, _data("the first N images only", min=1)] = None
-    seed: Annotated[int, _data("for every random choice: order of a folder, calibration, intervals")] = 0
+    limit: Annotated[int | None, _data("the first N images only", min=1, max=2**31)] = None
+    seed: Annotated[int, _data("for every random choice: order of a folder, calibration, intervals", min=0, max=2**32 - 1)] = 0
 
     def open(self, model: nn.Module, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Data:
         """The pictures as `model` wants them; `limit` where none was asked for."""
@@ -141,5 +149,5 @@ def _argument(text: str) -> tuple[str, Any]:
         raise VitreousError(f"--model-arg {text}: give a name and a value, as depth=4")
     try:
         return name.strip(), ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return name.strip(), value.strip()

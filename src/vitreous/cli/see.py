@@ -18,7 +18,7 @@ def see(
     *,
     opening: ModelOptions,
     method: Annotated[str, typer.Option(help="one of vitreous.see.METHODS, such as grad_cam or lrp")] = "rollout",
-    target: Annotated[int | None, typer.Option(help="class to explain; the predicted one by default")] = None,
+    target: Annotated[int | None, typer.Option(max=2**31, help="class to explain; the predicted one by default")] = None,
     layer: Annotated[str | None, typer.Option(help="for class activation maps: the dotted name of a module")] = None,
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
     tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
@@ -35,7 +35,7 @@ def see(
     from ..data.pictures import Unreadable, read_picture
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
-    from ..files import write_whole
+    from ..files import writable, write_whole
     from ..models.dependencyvit import dependency_tree
     from ..prove.drawing import enlarge, overlay, survival
     from ..see.methods import CLASSLESS
@@ -50,15 +50,14 @@ def see(
     if tokens and tree:
         raise VitreousError("--tokens and --tree draw different pictures: choose one")
     drawn = "tokens" if tokens else "tree" if tree else method
-    file = out or image.with_name(f"{image.stem}.{drawn}.png")
-    if file.exists() and not overwrite:
-        raise VitreousError(f"{file} exists: give another --out, or --overwrite")
-    net = opening.open(model)
-    prepared = preparation(net)
     try:
-        picture = read_picture(image).convert(prepared.mode)
+        whole = read_picture(image)
     except Unreadable as reason:
         raise VitreousError(f"{image}: {reason}") from None
+    file = writable(out or image.with_name(f"{image.stem}.{drawn}.png"), overwrite, "another --out")
+    net = opening.open(model)
+    prepared = preparation(net)
+    picture = whole.convert(prepared.mode)
     x, shown = prepared.to_tensor(picture)[None], prepared.view(picture)
     with torch.no_grad():
         logits = net(x)

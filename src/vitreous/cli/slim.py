@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import MODEL, DataOptions, ModelOptions, grouped
+from .options import MODEL, DataOptions, ModelOptions, finite, grouped
 
 
 @grouped
@@ -18,8 +18,8 @@ def slim(
     source: DataOptions,
     recipe: Annotated[Path | None, typer.Option(help="JSON file of steps")] = None,
     steps: Annotated[str | None, typer.Option(help='such as "EViT(keep=0.7), RepQ(weights=8)"')] = None,
-    calibrate: Annotated[int | None, typer.Option(min=1, help="calibration images [default: 128, or all there are]")] = None,
-    budget: Annotated[float, typer.Option(min=0, help="points of accuracy that the default recipe may lose")] = 1.0,
+    calibrate: Annotated[int | None, typer.Option(min=1, max=2**20, help="calibration images [default: 128, or all]")] = None,
+    budget: Annotated[float, typer.Option(min=0, callback=finite, help="points of accuracy the default recipe may lose")] = 1.0,
     out: Annotated[Path | None, typer.Option(help="folder to write [default: vitreous-out, vitreous-out-2 …]")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
     resume: Annotated[Path | None, typer.Option(help="folder where long steps keep what is finished, to go on from it")] = None,
@@ -31,10 +31,12 @@ def slim(
     from ..errors import VitreousError
     from ..folders import folder
     from ..search import Job
-    from ..steps import Recipe
+    from ..steps import Recipe, kept_in
 
     if recipe is not None and steps is not None:
         raise VitreousError("give --recipe or --steps, not both")
+    if resume is not None:
+        kept_in(resume)
     chosen = Recipe.read(recipe) if recipe else Recipe.parse(steps) if steps is not None else None
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
