@@ -58,8 +58,8 @@ def folder(out: Path | None, overwrite: bool, default: str = "vitreous-out") -> 
             aside = held.enter_context(folder_aside(place))
         except OSError as error:
             raise VitreousError(f"cannot write in {place.parent}: {error.strerror}; give another --out") from error
+        yield aside, out or target
         try:
-            yield aside, out or target
             write_manifest(aside, (p.relative_to(aside).as_posix() for p in aside.rglob("*") if p.is_file()))
             aside.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o777 & ~_umask())
             _appear(aside, target)
