@@ -318,9 +318,9 @@ def test_a_file_that_differs_is_refused_and_removed(
 
     honest = export.to_onnx
 
-    def tampered(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-        model = honest(program)
-        weight = next(t for t in model.graph.initializer if t.name == "head.weight")
+    def tampered(program: torch.export.ExportedProgram, outputs: list[str]) -> onnx.ModelProto:
+        model = honest(program, outputs)
+        weight = next(t for t in model.graph.initializer if t.name.endswith("head.weight"))
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.02, weight.name))
         return model
 
@@ -333,8 +333,8 @@ def test_a_file_that_differs_is_refused_and_removed(
 def test_integers_may_differ_by_what_noise_in_the_images_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, honest = QuantNet(limit=127), export.to_onnx
 
-    def tampered(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-        graph = honest(program)
+    def tampered(program: torch.export.ExportedProgram, outputs: list[str]) -> onnx.ModelProto:
+        graph = honest(program, outputs)
         [scale] = [t for t in graph.graph.initializer if np.array_equal(numpy_helper.to_array(t), model.second.scale.numpy())]
         scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * 1.08, scale.name))
         return graph
@@ -407,10 +407,6 @@ def test_what_cannot_be_shipped_says_why(vit: VisionTransformer, tmp_path: Path,
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1) if images.sum() > 0 else -images.flatten(1)
 
-    class Pair(nn.Module):
-        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-            return images.flatten(1), images
-
     class Nan(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.flatten(1) / 0
@@ -421,13 +417,12 @@ def test_what_cannot_be_shipped_says_why(vit: VisionTransformer, tmp_path: Path,
         (nn.Identity(), "a.onnx", None, "input_size"),
         (vit, "a.onnx", torch.ones(3, 3), "example"),
         (Branches(), "a.onnx", images, "cannot be traced"),
-        (Pair(), "a.onnx", images, "one tensor"),
         (Nan(), "a.onnx", images, "NaN"),
     ]:
         with pytest.raises(VitreousError, match=message):
             ship(model, tmp_path / path, example=example)
     (tmp_path / "file").write_text("")
-    with pytest.raises(VitreousError, match="cannot be written"):
+    with pytest.raises(VitreousError, match="cannot write"):
         ship(vit, tmp_path / "file" / "vit.onnx")
     assert os.listdir(tmp_path) == ["file"]
     assert capfd.readouterr() == ("", "")  # torch prints the graph it gave up on

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,20 +46,21 @@ with contextlib.suppress(RuntimeError):
         return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
-def trace(model: nn.Module, example: Tensor, *, dynamic: bool) -> ExportedProgram:
-    """The program of `model` on images like `example` [B, C, H, W]; with `dynamic`, for every batch size.
+def trace(model: nn.Module, example: Tensor, *, dynamic: bool, sides: tuple[int, int] | None = None) -> ExportedProgram:
+    """The program of `model` on images like `example` [B, C, H, W]; with `dynamic`, for every batch size, and for every height
+    and width where `sides` says which axes these are.
 
-    Raises VitreousError when torch.export cannot trace the model, or the model returns more than one tensor.
+    Raises VitreousError when torch.export cannot trace the model.
     """
+    axes = {0: Dim("batch")} if dynamic else {}
+    axes |= dict(zip(sides or (), (Dim("height"), Dim("width")), strict=False))
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch")},) if dynamic else None)
+            program = torch.export.export(model, (example,), dynamic_shapes=(axes,) if axes else None)
     except Exception as error:  # torch.export raises many unrelated kinds
         advice = "; if it only works for one batch size, give that as batch" if dynamic else ""
-        what = f"{type(model).__name__} cannot be traced by torch.export"
+        what = f"{getattr(model, 'called', type(model).__name__)} cannot be traced by torch.export"
         raise VitreousError(f"{what}{advice}: {_first(error)}") from error
-    if len(program.graph_signature.user_outputs) != 1:
-        raise VitreousError(f"{type(model).__name__} does not return one tensor [B, K]: wrap it in a module that does")
     return program
 
 
@@ -68,8 +70,8 @@ def is_quantized(program: ExportedProgram) -> bool:
     return any(kind in str(node.target) for node in program.graph.nodes for kind in kinds)
 
 
-def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
-    """The program as an ONNX model, `images` [B, C, H, W] in and `logits` out.
+def to_onnx(program: ExportedProgram, outputs: Sequence[str] = ("logits",)) -> onnx.ModelProto:
+    """The program as an ONNX model, `images` [batch, C, H, W] in and `outputs` out.
 
     Every fake quantization becomes QuantizeLinear and DequantizeLinear with the same scale and zero point; of a
     quantized weight only its integers are kept.
@@ -86,7 +88,7 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
                 opset_version=OPSET,
                 custom_translation_table=_translations(),
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(outputs),
                 verbose=False,
                 optimize=False,
             )
@@ -94,7 +96,20 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
             _tidy(exported.model)
     except Exception as error:  # as above; our own errors come wrapped too
         raise VitreousError(f"the model cannot be written as ONNX: {_first(error)}") from error
-    return _fold(exported.model_proto)
+    model = exported.model_proto
+    for axis, name in zip(model.graph.input[0].type.tensor_type.shape.dim, ("batch", "height", "width"), strict=False):
+        if axis.dim_param:
+            _rename(model.graph, axis.dim_param, name)
+    return _fold(model)
+
+
+def _rename(graph: onnx.GraphProto, symbol: str, name: str) -> None:
+    """Call a size that torch called `symbol` by what it is."""
+    word = re.compile(rf"\b{re.escape(symbol)}\b")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_param = word.sub(name, axis.dim_param)
 
 
 def _tidy(graph: onnx_ir.Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -18,23 +19,26 @@ from torch import Tensor
 from ..errors import VitreousError
 from ..files import check
 from ..processor import saturates
+from .card import FIELDS
 from .packed import reader
 
-PRECISIONS = ("f32", "bf16", "f16")
+PRECISIONS = ("f32", "bf16", "f16", "default")
 LOW = ("i8", "u8", "i4", "u4")  # types of integers, as OpenVINO calls them
 SAID = {"f32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "f16": "fp16", "float16": "fp16"}
 INTEGER_OPS = {"MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger"}
 
 
 class Runtime:
-    """A shipped model ready to run: images [B, C, H, W] float32 in, logits [B, K] float32 out.
+    """A shipped model ready to run: images [B, C, H, W] float32 in, logits [B, K] float32 out; of a file with several outputs
+    a dictionary of them by name. A file that prepares its pictures takes them as [B, H, W, C] uint8.
 
     `.xml` runs in OpenVINO and `.onnx` in ONNX Runtime, both on the CPU. A `.pt2` is not run here: torch unpickles it, so
     whoever trusts one calls `torch.export.load`.
 
     `threads` is how many cores one call uses, None for as many as torch does. `precision` asks OpenVINO to compute
-    what is not integers in "f32" (also None), "bf16" or "f16"; the attribute `precision` says what the processor
-    really does, which is fp32 where it lacks the instructions.
+    what is not integers in "f32", "bf16" or "f16"; None is what the file asks for, "default" what OpenVINO chooses where no one
+    asks, as it does for a plain `compile_model`. The attribute `floats` says what the processor really does, which is fp32
+    where it lacks the instructions.
 
     `batch` fixes the batch of a file that takes any, as OpenVINO's `reshape`, and ONNX Runtime's free dimensions, do.
 
@@ -44,9 +48,10 @@ class Runtime:
 
     Attributes:
         path: the file. engine: "OpenVINO" or "ONNX Runtime". threads: as above.
-        precision: "int8", "fp32", "bf16" or "fp16", of most of the work. integer_ops: matmuls and convolutions run in
+        precision: "int8", "fp32", "bf16" or "fp16", of most of the work. floats: of what is not integers. outputs: their names.
+        card: what the file says about itself (`ship.card`). integer_ops: matmuls and convolutions run in
         integers on this machine. packed_ops: matmuls of floats with weights that stay packed in memory. shape: (batch or
-        None, C, H, W).
+        None, C, H, W), or of pictures.
     """
 
     def __init__(
@@ -68,19 +73,25 @@ class Runtime:
             check(file)
         load = self._load_openvino if self.path.suffix == ".xml" else self._load_onnx
         try:
-            self._run = load(precision or "f32", batch)
+            self._run = load(precision, batch)
         except VitreousError:
             raise
         except Exception as error:  # each engine has its own kinds; the last line is the plainest
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise VitreousError(f"{path} cannot be run, it may be truncated or not a model: {reason}") from error
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
+    def __call__(self, images: Tensor) -> Any:
+        """Logits [B, K] of images [B, C, H, W], or all outputs by name."""
         if images.ndim != 4 or any(have not in (None, got) for have, got in zip(self.shape, images.shape, strict=True)):
             wanted = "x".join("any" if size is None else str(size) for size in self.shape)
             raise VitreousError(f"{self.path.name} takes images of {wanted}, not {'x'.join(map(str, images.shape))}")
-        return torch.from_numpy(self._run(np.ascontiguousarray(images.detach().cpu().float().numpy())))
+        if self._pictures != (images.dtype == torch.uint8):
+            wanted = "uint8 pictures" if self._pictures else "prepared images of floats"
+            raise VitreousError(f"{self.path.name} takes {wanted}, not {str(images.dtype).removeprefix('torch.')}")
+        images = images.detach().cpu()
+        given = self._run(np.ascontiguousarray((images if self._pictures else images.float()).numpy()))
+        found = {name: torch.from_numpy(array) for name, array in zip(self.outputs, given, strict=True)}
+        return found if len(found) > 1 else found[self.outputs[0]]
 
     @property
     def kind(self) -> str:
@@ -96,6 +107,8 @@ class Runtime:
     def macs(self) -> int | None:
         """Multiply-accumulates for one image in the file's own matmuls and convolutions; None when not countable."""
         model = self._graph()
+        if None in self.shape[1:]:
+            return None
         if self.shape[0] is None:
             model.reshape([1, *self.shape[1:]])
         try:
@@ -118,21 +131,21 @@ class Runtime:
         core.add_extension(reader())
         return core.read_model(self.path)
 
-    def _load_openvino(self, precision: str, batch: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    def _load_openvino(self, precision: str | None, batch: int | None) -> Callable[[np.ndarray], list[np.ndarray]]:
         import openvino
 
         core = openvino.Core()
         if not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
             raise VitreousError(f"{self.path} is not an OpenVINO model: it is not XML")  # or every front end tries it
-        # A graph fixed to the batch in hand takes the same processor time as the dynamic one, so there is one for all.
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": self.threads,
-            "INFERENCE_PRECISION_HINT": precision,
-        }
         graph = core.read_model(self.path)
+        self.card = {name: json.loads(_told(graph, "vitreous", name)) for name in FIELDS if _told(graph, "vitreous", name)}
         if batch is not None:
             graph.reshape([batch, *list(graph.input(0).get_partial_shape())[1:]])
+        # A graph fixed to the batch in hand takes the same processor time as the dynamic one, so there is one for all.
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads}
+        if precision != "default":
+            hint = "INFERENCE_PRECISION_HINT"
+            settings[hint] = precision or _told(graph, "runtime_options", hint) or "f32"
         compiled = core.compile_model(graph, "CPU", settings)
         self.engine = "OpenVINO"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
@@ -142,27 +155,30 @@ class Runtime:
         # Of a float product with packed weights the plugin reports the type of the weights.
         reads = [op.input_value(0).get_element_type().is_real() for i, op in heavy if i["runtimePrecision"].astype(str) in LOW]
         self.integer_ops, self.packed_ops = reads.count(False), reads.count(True)
-        self.precision = "int8" if self.integer_ops else SAID.get(said, said)
+        self.floats = str(SAID.get(said, said))
+        self.precision = "int8" if self.integer_ops else self.floats
+        self.outputs = tuple(out.get_any_name() if out.get_names() else f"output_{i}" for i, out in enumerate(compiled.outputs))
+        self._pictures = compiled.input(0).get_element_type() == openvino.Type.u8
         sizes = compiled.input(0).get_partial_shape()
         self.shape = tuple(None if size.is_dynamic else size.get_length() for size in sizes)
         idle: deque[Any] = deque()  # a request holds the images and answers of one call, so no two calls share one
 
-        def run(images: np.ndarray) -> np.ndarray:
+        def run(images: np.ndarray) -> list[np.ndarray]:
             try:
                 request = idle.pop()
             except IndexError:
                 request = compiled.create_infer_request()
-            answers = request.infer([images], share_inputs=True, share_outputs=False)[0]
+            answers = request.infer([images], share_inputs=True, share_outputs=False)  # copies
             idle.append(request)
-            return answers
+            return list(answers.values())
 
         return run
 
-    def _load_onnx(self, precision: str, batch: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    def _load_onnx(self, precision: str | None, batch: int | None) -> Callable[[np.ndarray], list[np.ndarray]]:
         import onnx
         import onnxruntime
 
-        if precision != "f32":
+        if precision not in (None, "f32", "default"):
             raise VitreousError(f"ONNX Runtime runs on the CPU in f32, not {precision}; ship to .xml for that")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -186,10 +202,19 @@ class Runtime:
         self.engine = "ONNX Runtime"
         self.integer_ops = sum(node.op_type in INTEGER_OPS for node in optimized.graph.node)
         self.packed_ops = sum(node.op_type == "MatMulNBits" for node in optimized.graph.node)
+        self.floats = "fp32"
         self.precision = "int8" if self.integer_ops else "fp32"
-        given = session.get_inputs()[0]
+        given, told = session.get_inputs()[0], session.get_modelmeta().custom_metadata_map
+        self.card = {name: json.loads(told[name]) for name in FIELDS if name in told}
+        self.outputs = tuple(out.name for out in session.get_outputs())
+        self._pictures = given.type == "tensor(uint8)"
         self.shape = tuple(size if isinstance(size, int) else None for size in given.shape)
-        return lambda images: np.asarray(session.run(None, {given.name: images})[0])
+        return lambda images: [np.asarray(array) for array in session.run(None, {given.name: images})]
+
+
+def _told(graph: Any, *path: str) -> str:
+    """What the file says there, "" for nothing."""
+    return str(graph.get_rt_info(list(path)).astype(str)) if graph.has_rt_info(list(path)) else ""
 
 
 def files(path: Path) -> tuple[Path, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,12 @@ from torch.export import ExportedProgram
 
 from ..errors import VitreousError
 from ..files import folder_aside, forget, replaceable
+from .card import card, preprocess, texts
 from .export import is_quantized, quiet, to_onnx, trace
+from .named import Named, plain
 from .packed import pack, reader
+from .parity import IMAGES, RESHAPED, Parity, Run, Yardstick, worst
+from .pictures import WithPreprocessing
 from .runtime import Runtime, files
 
 if TYPE_CHECKING:
@@ -29,35 +35,12 @@ FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
 FLOAT_TOLERANCE = 1e-3
 # Two correct integer runtimes do not agree to the last digit: a difference of 1e-7 moves a value across a rounding
 # edge now and then, and the next layers multiply that. They part by 3e-3 on the trained bundled model and by 4e-2 on a
-# random DeiT-S; kernels that overflow make that 2.5e-2 and 2e-1. A model that noise of NUDGE in its images moves further
+# random DeiT-S; kernels that overflow make that 2.5e-2 and 2e-1. A model that noise of 1e-5 in its images moves further
 # than that on its own cannot be held to it: with min-max grids DINOv2 ViT-S moves by 5e-2, and its runtimes part by 7e-2.
 INT8_TOLERANCE = 5e-2
-NUDGE = 1e-5
 WORST = 10  # the worst image may be this much further off than the mean
-BATCHES = (1, 3, 16)
-RESHAPED = (1, 4)  # an OpenVINO file for any batch is also tried as programs deploy it, reshaped to a fixed one
-IMAGES = 16  # at least so many are compared, whatever the batch
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far the file's logits are from the model's, on the same images.
-
-    An image's error is ‖a − b‖₂ / ‖b‖₂ over its logits; mean and worst are over the images. agreement = share of images with
-    the same first class, batches = the batch sizes tried. reshaped = those to which an OpenVINO file was reshaped; of these
-    the worst counts.
-    """
-
-    mean: float
-    worst: float
-    agreement: float
-    batches: tuple[int, ...]
-    reshaped: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        batches = ", ".join(map(str, self.batches))
-        batches += f"; reshaped to {', '.join(map(str, self.reshaped))}" if self.reshaped else ""
-        return f"mean error {self.mean:.1e}, worst {self.worst:.1e}, same top-1 {self.agreement:.0%} (batch {batches})"
+MEASURED = "f32"  # what is not integers is computed in, when parity is measured; OpenVINO takes bf16 by itself where it can
+EXPORTING = threading.Lock()  # torch's exporter, and the logging that it is kept from, belong to the process
 
 
 @dataclass(frozen=True)
@@ -65,6 +48,8 @@ class Shipment:
     """A file that was written and found to compute what its model computes.
 
     format: "onnx", "openvino" or "pt2". bytes: all files together. batch: the fixed batch, None for any.
+    outputs: their names. plain: the precision that a plain `compile_model` of OpenVINO takes on this machine, and how far it is
+    off; None where that is what was measured.
     precision: "fp32"; "int8" where weights and activations are integers; "int8 weights" or "int4 weights" where only the
     weights are, stored packed. integer_ops: how many matmuls and convolutions run in integers on this machine.
     packed_ops: how many matmuls read packed weights on this machine.
@@ -79,10 +64,13 @@ class Shipment:
     precision: str
     integer_ops: int
     packed_ops: int
+    outputs: tuple[str, ...] = ()
+    plain: tuple[str, Parity] | None = None
 
     def __str__(self) -> str:
         integers = f", {self.integer_ops} operators in integers" if self.precision == "int8" else ""
-        return f"{self.path} ({self.format} {self.precision}{integers}, {self.bytes / 1e6:.1f} MB): {self.parity}"
+        also = f"; a plain compile_model computes in {self.plain[0]} here: {self.plain[1]}" if self.plain else ""
+        return f"{self.path} ({self.format} {self.precision}{integers}, {self.bytes / 1e6:.1f} MB): {self.parity}{also}"
 
 
 def ship(
@@ -93,6 +81,7 @@ def ship(
     batch: int | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    with_preprocessing: bool = False,
 ) -> Shipment:
     """Write `model` to `path` and check the file against it; `ship_all` writes several files from one trace.
 
@@ -101,19 +90,33 @@ def ship(
     packed; `.pt2` keeps both simulated.
 
     Args:
-        model: an `nn.Module` on the CPU, images [B, C, H, W] float32 to one tensor of logits. It is run in eval mode,
-            and left in the mode it was in.
+        model: an `nn.Module` on the CPU, images [B, C, H, W] to a tensor, tuple, dictionary or object of tensors [B, …], which
+            become outputs of the file under their names: `logits` or `features` where they have none. Half precision is written
+            as float32, weight for weight. The model is run in eval mode, and left in the mode it was in.
         example: images [B, C, H, W] to check with; None for seeded noise of `model.pretrained_cfg["input_size"]`. Noise
             tells nothing about a trained model's worst case: give real images where there are some.
         batch: the only batch size the file is to take; None for any.
         tolerance: largest mean relative error (the worst may be ten times that); None for 1e-3, or for integers 5e-2 or
             twice what noise of 1e-5 in the images changes in the model's own logits, whichever is larger.
         overwrite: replace files that exist.
+        with_preprocessing: take pictures [B, H, W, C] uint8, of any one size, and resize, cut and normalise them in the file,
+            as `model.pretrained_cfg` says.
+
+    What the file says about itself (`preprocess`, `classes`, `model`, `recipe`, `versions`) lies in ONNX's metadata and in
+    OpenVINO's `rt_info` under `vitreous`; docs/ship.md shows how to serve it.
 
     Raises VitreousError, with nothing left behind, for an unknown ending, a file that exists, a model that cannot be
     exported, a file that cannot be written, and a file whose logits differ by more than the tolerance.
     """
-    return ship_all(model, [path], example=example, batch=batch, tolerance=tolerance, overwrite=overwrite)[0]
+    return ship_all(
+        model,
+        [path],
+        example=example,
+        batch=batch,
+        tolerance=tolerance,
+        overwrite=overwrite,
+        with_preprocessing=with_preprocessing,
+    )[0]
 
 
 def ship_all(
@@ -124,6 +127,7 @@ def ship_all(
     batch: int | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    with_preprocessing: bool = False,
 ) -> list[Shipment]:
     """`ship` to each of `paths`, of any formats, for the time of one: the model is traced and converted once."""
     places = [Path(path) for path in paths]
@@ -140,12 +144,22 @@ def ship_all(
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise VitreousError("the model is not on the CPU: call model.cpu() before shipping it")
     images = _images(model, example, -(-IMAGES // (batch or 1)) * (batch or 1))
-    with _evaluating(model):
+    about = card(model)
+    with EXPORTING, _evaluating(model):
+        inner, sides = plain(model), None
+        if with_preprocessing:
+            inner, sides = WithPreprocessing(inner, preprocess(model)).eval(), (1, 2)
+            images = _pictures(len(images), about["preprocess"]["input_size"])
+        named = Named(inner, images)
         # traced with two images: torch takes a batch of one for a constant
-        program = trace(model, images[: batch or 2], dynamic=batch is None)
-        graph = to_onnx(program) if any(path.suffix != ".pt2" for path in places) else None
-        precision = _packed(graph) if graph and is_quantized(program) else "fp32"
-        return [_ship(model, program, graph, path, images, batch, precision, tolerance) for path in places]
+        program = trace(named, images[: batch or 2], dynamic=batch is None, sides=sides)
+        graph = to_onnx(program, named.names) if any(path.suffix != ".pt2" for path in places) else None
+        about["precision"] = _packed(graph) if graph and is_quantized(program) else "fp32"
+        if graph:
+            for name, text in texts(about).items():
+                graph.metadata_props.add(key=name, value=text)
+        yardstick = Yardstick(named, images, batch or IMAGES)
+        return [_ship(program, graph, path, yardstick, batch, about["precision"], tolerance) for path in places]
 
 
 def _packed(graph: ModelProto) -> str:
@@ -157,37 +171,39 @@ def _packed(graph: ModelProto) -> str:
 
 
 def _ship(
-    model: nn.Module,
     program: ExportedProgram,
     graph: ModelProto | None,
     path: Path,
-    images: Tensor,
+    yardstick: Yardstick,
     batch: int | None,
     precision: str,
     tolerance: float | None,
 ) -> Shipment:
+    names, other = yardstick.model.names, None
     with _written_aside(path) as aside:
         if graph is None or path.suffix == ".pt2":
             _write_program(program, aside)
         else:
             (_write_onnx if path.suffix == ".onnx" else _write_openvino)(graph, aside)
-        runtime = None if path.suffix == ".pt2" else Runtime(aside)
-        examples = list(images.split(batch)) if batch else [images[:size] for size in BATCHES]
-        parity = _compare(model, runtime or _reloaded(aside), examples)
+        runtime = None if path.suffix == ".pt2" else Runtime(aside, precision=MEASURED)
+        run = runtime or _reloaded(aside, names)
+        parity = yardstick.every(run, batch) if batch else yardstick.first(run)
         if path.suffix == ".xml" and batch is None:
-            for size in RESHAPED:
-                fixed = _compare(model, Runtime(aside, batch=size), list(images.split(size)))
-                worse = max(parity, fixed, key=lambda p: (p.mean != p.mean, p.mean))  # NaN is the worst
-                parity = replace(worse, batches=parity.batches, reshaped=(*parity.reshaped, size))
+            fixed = [yardstick.every(Runtime(aside, precision=MEASURED, batch=size), size) for size in RESHAPED]
+            parity = worst([parity, *fixed], parity.batches, RESHAPED)
         integers = precision == "int8" and runtime is not None
         limit = tolerance if tolerance is not None else INT8_TOLERANCE if integers else FLOAT_TOLERANCE
         if integers and tolerance is None and parity.mean > limit:
-            limit = max(limit, 2 * _restlessness(model, examples))
+            limit = max(limit, 2 * yardstick.restlessness())
         if not (parity.mean <= limit and parity.worst <= WORST * limit):  # so that NaN is refused
             advice = "; on a processor without VNNI int8 kernels overflow: 7-bit weights do not" if integers else ""
             kind = runtime.kind if runtime else "torch"
             what = f"{path.name} does not compute in {kind} what the model does, so it is not shipped"
             raise VitreousError(f"{what}: {parity}, allowed {limit:g}{advice}")
+        if runtime and path.suffix == ".xml":
+            by_itself = Runtime(aside, precision="default")
+            if by_itself.floats != runtime.floats:
+                other = by_itself.floats, yardstick.every(by_itself, batch or IMAGES)
         size = sum(file.stat().st_size for file in files(aside))
     return Shipment(
         path=path,
@@ -199,6 +215,8 @@ def _ship(
         precision=precision if runtime else "fp32",
         integer_ops=runtime.integer_ops if runtime else 0,
         packed_ops=runtime.packed_ops if runtime else 0,
+        outputs=tuple(names),
+        plain=other,
     )
 
 
@@ -213,6 +231,14 @@ def _images(model: nn.Module, example: Tensor | None, count: int) -> Tensor:
     if not size:
         raise VitreousError(f"{type(model).__name__} has no pretrained_cfg with an input_size: give example images")
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _pictures(count: int, input_size: list[int]) -> Tensor:
+    """Seeded pictures [N, H, W, C] uint8, smooth as pictures are, and neither square nor of the model's size."""
+    channels, height, width = input_size
+    coarse = torch.rand(count, channels, 9, 9, generator=torch.Generator().manual_seed(0))
+    smooth = nn.functional.interpolate(coarse, (height + height // 3, 2 * width), mode="bilinear")
+    return (255 * smooth).permute(0, 2, 3, 1).contiguous().to(torch.uint8)
 
 
 @contextlib.contextmanager
@@ -246,11 +272,23 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
         _balance_by_ranges(graph)
         # Where there is VNNI it would round the activations that meet packed weights to 8 bits.
         graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        graph.set_rt_info(MEASURED, ["runtime_options", "INFERENCE_PRECISION_HINT"])
+        for entry in model.metadata_props:
+            graph.set_rt_info(entry.value, ["vitreous", entry.key])
+        _number(graph)
         openvino.save_model(graph, path, compress_to_fp16=False)
     except RuntimeError as error:  # also how it reports a full disk, without saying so
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = str(error).strip().splitlines()[-1]
         raise VitreousError(f"{path.name} cannot be written with {free:.1f} MB free on the disk: {reason}") from error
+
+
+def _number(graph: openvino.Model) -> None:
+    """Names that hang on the graph alone: OpenVINO counts what it made since the program started."""
+    for i, op in enumerate(graph.get_ordered_ops()):
+        kind = op.get_type_name()
+        if re.fullmatch(rf"{kind}_\d+", op.get_friendly_name()):
+            op.set_friendly_name(f"{kind}.{i}")
 
 
 def _balance_by_ranges(graph: openvino.Model) -> None:
@@ -280,36 +318,11 @@ def _balance_by_ranges(graph: openvino.Model) -> None:
                 quantize.output(0).replace(whole.output(0))
 
 
-def _reloaded(path: Path) -> nn.Module:
+def _reloaded(path: Path, names: list[str]) -> Run:
     """The .pt2 we wrote ourselves: loading one unpickles it, which is no way to open a stranger's."""
     with quiet():
-        return torch.export.load(path).module()
-
-
-def _compare(model: nn.Module, run: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Parity:
-    with torch.no_grad():
-        expected = [model(images) for images in batches]
-    if any(not isinstance(logits, Tensor) or logits.ndim != 2 for logits in expected):
-        raise VitreousError(f"{type(model).__name__} does not return one tensor [B, K]: wrap it in a module that does")
-    wanted, got = torch.cat(expected).float(), torch.cat([run(images) for images in batches])
-    if not wanted.isfinite().all():
-        raise VitreousError(f"{type(model).__name__} itself returns NaN or infinity on the example images")
-    off = (got - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-12)
-    return Parity(
-        mean=off.mean().item(),
-        worst=off.max().item(),
-        agreement=(got.argmax(1) == wanted.argmax(1)).float().mean().item(),
-        batches=tuple(dict.fromkeys(len(images) for images in batches)),
-    )
-
-
-def _restlessness(model: nn.Module, batches: list[Tensor]) -> float:
-    """How far noise in its images that no one could see moves the logits of a model that rounds: its own `Parity.mean`."""
-    generator = torch.Generator().manual_seed(0)
-    nudged = (images + NUDGE * torch.randn(images.shape, generator=generator) for images in batches)
-    with torch.no_grad():
-        moved = iter([model(images) for images in nudged])
-    return _compare(model, lambda _: next(moved), batches).mean
+        program = torch.export.load(path).module()
+    return lambda images: dict(zip(names, program(images), strict=True))
 
 
 @contextlib.contextmanager
