@@ -68,7 +68,7 @@ def read_record(text: str, source: str, network: bool = False) -> Record:
         done.append((step, entry["plan"]))
     expects = said.get("expects", {})
     plain = fits(expects, dict[str, str | float | int | list[str] | list[float | int] | None])
-    if not plain or not set(expects) <= {*KEPT, "label_names"} or not all(_plain(expects.get(key)) for key in KEPT):
+    if not plain or not set(expects) <= {*KEPT, "label_names"} or not all(plain(expects.get(key)) for key in KEPT):
         raise VitreousError(damaged % "what it expects of images is no plain value")
     return Record(base, done, expects)
 
@@ -89,7 +89,7 @@ def _check_base(base: dict[str, Any], source: str, network: bool) -> None:
                 f"{source} wants to build '{name}' with the argument {short(key)}, which is none of its architecture's: the file "
                 "is damaged, or was made to do harm"
             )
-        if not _plain(value):
+        if not plain(value):
             raise VitreousError(f"{source} wants to build '{name}' with {key}={short(value)}, which is no plain value")
 
 
@@ -115,9 +115,9 @@ def arguments(name: str) -> set[str]:
     return {p for c in classes if c not in (nn.Module, object) for p in inspect.signature(c.__init__).parameters} - NEVER
 
 
-def _plain(value: Any, depth: int = 0) -> bool:
+def plain(value: Any, depth: int = 0) -> bool:
     if isinstance(value, list | tuple):
-        return depth < SHALLOW and len(value) <= 64 and all(_plain(v, depth + 1) for v in value)
+        return depth < SHALLOW and len(value) <= 64 and all(plain(v, depth + 1) for v in value)
     if isinstance(value, str):
         return WORD.fullmatch(value) is not None
     return value is None or isinstance(value, bool) or (fits(value, int | float) and abs(value) <= LARGEST)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from timm.layers import resample_abs_pos_embed, to_2tuple
-from torch import Tensor, nn
+from timm.layers import to_2tuple
+from torch import nn
 
+from .checkpoints import Checkpoint, as_built, fill, read, read_safetensors, trained_as
 from .data.transform import preparation
 from .errors import VitreousError
 from .expects import class_names, expect, expectations, restore
@@ -32,6 +31,7 @@ from .work import fingerprint
 BUNDLED = "vit_fashion"
 KEY = "vitreous"
 SUM = "vitreous_sum"  # by which damage is told
+FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
 def open_model(
@@ -62,35 +62,57 @@ def open_model(
 
     Raises `VitreousError` for unknown names, weights that do not fit, broken files, and weights that hold NaN.
     """
-    opened = _opened(model, pretrained, checkpoint, kwargs)
+    opened, notes = _opened(model, pretrained, checkpoint, kwargs)
     expect(opened, classes, mean, std, crop_pct, interpolation)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return opened.eval() if device is None else _moved(opened.eval(), device)
 
 
 def _opened(
     model: str | Path | nn.Module | None, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]
-) -> nn.Module:
+) -> tuple[nn.Module, list[str]]:
+    """The model, and what there is to tell of how it was opened."""
     if isinstance(model, nn.Module):
-        return model
-    if model is None or model == BUNDLED:
-        name, opened = BUNDLED, _create(BUNDLED, False, kwargs)
-        if checkpoint is None:
-            _fill(opened, _read_safetensors(WEIGHTS)[0], f"the package ({WEIGHTS.name})")
-            expect(opened, classes=CLASSES)
-    elif Path(model).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or Path(model).is_file():
-        return load(model, pretrained=pretrained)
-    else:
-        name = str(model)
-        refuse_hub(name, pretrained)
-        if not name.startswith(HUBS):
-            arguments(name)
-        opened = _create(name, pretrained, kwargs)
-    if checkpoint is not None:
-        _fill(opened, _resample_positions(opened, read_weights(checkpoint)), str(checkpoint))
+        if kwargs:
+            raise VitreousError(f"a module is taken as it is built: leave {', '.join(kwargs)} out")
+        return model, fill(model, read(checkpoint)) if checkpoint is not None else []
+    if model is not None and (Path(model).suffix in FILES or Path(model).is_file()) and not timm.is_model(str(model)):
+        if Path(model).suffix == ".safetensors" and (not Path(model).is_file() or KEY in read_safetensors(Path(model))[1]):
+            if kwargs or checkpoint is not None:
+                raise VitreousError(f"{model} is built as it was saved: leave {', '.join(kwargs) or 'checkpoint'} out")
+            return load(model, pretrained=pretrained), []
+        model, checkpoint = None, model
+        if trained_as(given := read(checkpoint))[0] is None:
+            raise VitreousError(
+                f"{given.source} holds weights but no recipe: name its timm model and pass the file as the checkpoint"
+            )
+    given = read(checkpoint) if checkpoint is not None else None
+    known, trained, expected = trained_as(given) if given else (None, {}, {})
+    name = str(model or known or BUNDLED)
+    refuse_hub(name, pretrained)
+    if not name.startswith(HUBS):
+        arguments(name)
+    kwargs = {**trained, **kwargs}
+    opened = _create(name, pretrained and given is None, kwargs)
+    notes: list[str] = []
+    if given is not None:
+        if more := as_built(opened, given, kwargs):
+            kwargs |= more
+            opened = _create(name, False, kwargs)
+        notes = fill(opened, given)
+        if built := trained | more:
+            notes.append("built as the file tells: " + ", ".join(f"{k}={v!r}" for k, v in built.items()))
+        if known and known.split(".")[0] != name.split(".")[0]:
+            notes.append(f"the file was trained as '{known}', not as '{name}'")
+        expect(opened, **expected)
+    elif name == BUNDLED:
+        fill(opened, Checkpoint(f"the package ({WEIGHTS.name})", read_safetensors(WEIGHTS)[0]))
+        expect(opened, classes=CLASSES)
     refuse_nan(opened)
-    if checkpoint is not None:
-        refuse_overflow(opened, str(checkpoint))
-    return remember(opened, History({"name": name, "kwargs": kwargs}))
+    if given is not None:
+        refuse_overflow(opened, given.source)
+    return remember(opened, History({"name": name, "kwargs": kwargs} | ({"notes": notes} if notes else {}))), notes
 
 
 def _moved(model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -123,73 +145,6 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
         if isinstance(error, TypeError) and "argument 'img_size'" in reason:
             reason = "it is not built for one size of images, leave img_size out"
         raise VitreousError(f"cannot create '{name}': {doing}building it failed: {reason}") from error
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a local file: safetensors, or `torch.load(weights_only=True)`; nothing else is ever unpickled."""
-    path = Path(path)
-    if not path.is_file():
-        raise VitreousError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)[0]
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise VitreousError(
-            f"{path} holds pickled code, which is never run: save its state_dict() alone, best as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise VitreousError(
-            f"{path} is not a whole checkpoint: {str(error).splitlines()[0] if str(error) else 'it ends early'}"
-        ) from error
-    for inner in ("state_dict", "model", "module", "teacher"):
-        if isinstance(state, Mapping) and isinstance(state.get(inner), Mapping):
-            state = state[inner]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise VitreousError(f"{path} holds no state dict: expected a mapping from names to tensors")
-    return {str(k).removeprefix("module."): v for k, v in state.items()}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise VitreousError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _resample_positions(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Position embeddings `[1, prefix + h·w, C]` of a ViT trained at another size, on the grid of this one, as timm does."""
-    own = getattr(model, "pos_embed", None)
-    given, grid = state.get("pos_embed"), getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if not isinstance(own, Tensor) or given is None or given.ndim != 3 or given.shape == own.shape or grid is None:
-        return state
-    prefix = own.shape[1] - grid[0] * grid[1]
-    if given.shape[2] != own.shape[2] or math.isqrt(given.shape[1] - prefix) ** 2 != given.shape[1] - prefix:
-        return state  # another model: told by its shape
-    last = prefix if getattr(model, "num_prefix_tokens", prefix) == 0 else 0  # iLLaMA's class token comes last
-    sized = resample_abs_pos_embed(given.roll(last, 1), list(grid), num_prefix_tokens=prefix)
-    return {**state, "pos_embed": sized.roll(-last, 1)}
-
-
-def _fill(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load weights that must fit: no name missing or left over, no other shape. Half precision becomes the model's own."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or wrong:
-        found = [f"{len(missing)} missing (first '{missing[0]}')"] if missing else []
-        found += [f"{len(extra)} unknown (first '{extra[0]}')"] if extra else []
-        if wrong:
-            k = sorted(wrong)[0]
-            found.append(
-                f"{len(wrong)} of another shape (first '{k}': {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here)"
-            )
-        raise VitreousError(
-            f"the weights in {source} do not fit {type(model).__name__}: {'; '.join(found)}. Name the model they were trained "
-            "as, with the same img_size and num_classes"
-        )
-    model.load_state_dict(state)
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:
@@ -239,7 +194,7 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
             f"{path} is no safetensors file; to use a checkpoint, name its timm model and pass it as the checkpoint"
         )
     check(path)
-    state, metadata = _read_safetensors(path)
+    state, metadata = read_safetensors(path)
     if KEY not in metadata:
         raise VitreousError(f"{path} holds weights but no recipe: name its timm model and pass the file as the checkpoint")
     if SUM in metadata and metadata[SUM] != fingerprint(metadata[KEY], state):
@@ -267,7 +222,7 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
         if name in model.state_dict() and p.is_floating_point() and model.state_dict()[name].dtype != p.dtype:
             model = model.to(p.dtype)
             break
-    _fill(model, state, str(path))
+    fill(model, Checkpoint(str(path), state))
     refuse_nan(model)
     refuse_overflow(model, str(path))
     restore(model, record.expects)

@@ -17,6 +17,7 @@ import inspect
 import math
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ class ModelOptions:
 
         if self.threads:
             torch.set_num_threads(self.threads)
-        opened = open_model(model, **self.kwargs())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the same is told below, in plain lines
+            opened = open_model(model, **self.kwargs())
         for line in about(opened):
             print(line, file=sys.stderr)
         return opened

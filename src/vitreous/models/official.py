@@ -62,6 +62,7 @@ def publish(
     build.__name__, build.__module__, build.__doc__ = name, cls.__module__, doc or f"{cls.__name__}, published as {variant}."
     configurations = vars(sys.modules[cls.__module__]).setdefault("default_cfgs", {})
     configurations.update(generate_default_cfgs({name: {**whole, **cfg}}))
+    build.convert = convert  # type: ignore[attr-defined]  # `vitreous.checkpoints` converts official files by it
     register_model(build)
     official(variant, build, convert)
 
