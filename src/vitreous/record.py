@@ -67,8 +67,8 @@ def read_record(text: str, source: str, network: bool = False) -> Record:
             raise VitreousError(damaged % error) from None
         done.append((step, entry["plan"]))
     expects = said.get("expects", {})
-    plain = fits(expects, dict[str, str | float | int | list[str] | list[float | int] | None])
-    if not plain or not set(expects) <= {*KEPT, "label_names"} or not all(plain(expects.get(key)) for key in KEPT):
+    typed = fits(expects, dict[str, str | float | int | list[str] | list[float | int] | None])
+    if not typed or not set(expects) <= {*KEPT, "label_names"} or not all(plain(expects.get(key)) for key in KEPT):
         raise VitreousError(damaged % "what it expects of images is no plain value")
     return Record(base, done, expects)
 
