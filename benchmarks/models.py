@@ -33,7 +33,7 @@ from vitreous.files import write_whole
 from vitreous.prove.cost import cost
 from vitreous.prove.latency import interleave
 from vitreous.prove.machine import describe
-from vitreous.prove.statistics import bootstrap_median_ratio
+from vitreous.prove.statistics import median_ratio
 from vitreous.ship import ship_all
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -89,7 +89,7 @@ def measured(name: str, yardstick: dict[str, Callable[[int], Any]], a: argparse.
                 times = timed({who: partial(call, batch) for who, call in calls.items()}, a.seconds)
                 for way in WAYS:
                     ours, theirs = times[f"model {way}"], times[f"yardstick {way}"]
-                    ratio = bootstrap_median_ratio(theirs, ours, a.seed)
+                    ratio = median_ratio(theirs, ours)
                     row[f"{way} {batch}"] = {
                         "ms": 1000 * float(np.median(ours)) / batch,
                         "times": [ratio.value, ratio.low, ratio.high],

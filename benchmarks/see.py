@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import vitreous as vt
 from vitreous.prove import interleave
 from vitreous.prove.machine import describe
-from vitreous.prove.statistics import bootstrap_median_ratio
+from vitreous.prove.statistics import median_ratio
 from vitreous.see.methods import sanity
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def cost(a: argparse.Namespace, say: Say) -> None:
     times = interleave(
         {"forward": forward, **methods}, rounds=a.rounds, seed=a.seed, tick=lambda done: say("interleaved rounds", done)
     )
-    ratios = {m: bootstrap_median_ratio(times[m], times["forward"], a.seed) for m in methods}
+    ratios = {m: median_ratio(times[m], times["forward"]) for m in methods}
     about = {"model": name, "threads": a.threads, "rounds": a.rounds, "machine": describe(), "seed": a.seed}
     found = {m: {"value": r.value, "low": r.low, "high": r.high} for m, r in ratios.items()}
     best = about["machine"]["instructions"][-1]  # speed is the processor's

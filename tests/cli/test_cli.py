@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from support import command
 
 import vitreous as vt
-import vitreous.search.job
+import vitreous.search.trial
 from vitreous.quant.layers import QuantLinear
 
 WRITTEN = {"manifest.json", "report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
@@ -52,7 +52,7 @@ def test_a_stopped_job_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
     monkeypatch.setattr(vitreous.quant.weightonly, "learned_rounding", counted)
     monkeypatch.setattr(vitreous.quant.weightonly, "ITERATIONS", 5)
-    monkeypatch.setattr(vitreous.search.job, "ship_all", stopped)
+    monkeypatch.setattr(vitreous.search.trial, "ship_all", stopped)
     steps = "WeightOnly(bits=4, rounding='learned')"
     arguments = ["slim", "--limit", "8", "--calibrate", "4", "--steps", steps, "--resume", str(tmp_path / "kept")]
     counts = []
@@ -90,7 +90,7 @@ def test_main_job_result_loads_and_agrees_with_its_files(job: Path) -> None:
 def test_default_recipe_ships_float_when_integers_do_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, refused = vitreous.search.job.ship_all, []
+    real, refused = vitreous.search.trial.ship_all, []
 
     def no_integers(model: torch.nn.Module, paths: list[Path], **kwargs: Any) -> list[vt.Shipment]:
         if any(isinstance(m, QuantLinear) for m in model.modules()):
@@ -98,11 +98,11 @@ def test_default_recipe_ships_float_when_integers_do_not_run(
             raise vt.VitreousError("this machine has no integers")
         return real(model, paths, **kwargs)
 
-    monkeypatch.setattr(vitreous.search.job, "ship_all", no_integers)
+    monkeypatch.setattr(vitreous.search.trial, "ship_all", no_integers)
     arguments = ["slim", "--limit", "64", "--calibrate", "16", "--budget", "100", "--out", str(tmp_path / "out")]
     status, out, _ = command(monkeypatch, capsys, *arguments)
     assert status == 0 and refused
-    assert "int8 was not shipped: this machine has no integers" in out
+    assert "RepQ was not shipped: this machine has no integers" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == WRITTEN
     kinds = [m["kind"] for m in json.loads((tmp_path / "out" / "proof.json").read_text())["models"]]
     assert "int8" not in kinds[2]

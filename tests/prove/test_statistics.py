@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vitreous.prove.statistics import bootstrap_mean, bootstrap_median_ratio, mcnemar, paired_difference, wilson
+from vitreous.prove.statistics import Interval, bootstrap_mean, mcnemar, median_ratio, paired_difference, wilson
 
 
 def test_wilson_by_hand():
@@ -61,5 +61,15 @@ def test_bootstrap_mean_matches_the_normal_interval():
 def test_ratio_is_taken_inside_each_round():
     rng = np.random.default_rng(0)
     slow_machine = np.exp(rng.normal(0, 1, 50))  # the whole machine speeds up and slows down, wildly
-    got = bootstrap_median_ratio(4 * slow_machine, 2 * slow_machine)
+    got = median_ratio(4 * slow_machine, 2 * slow_machine)
     assert (got.value, got.low, got.high) == pytest.approx((2, 2, 2))
+
+
+def test_interval_of_a_median_is_that_of_order_statistics():
+    assert median_ratio(np.arange(1.0, 6), np.ones(5)) == Interval(3.0, 1.0, 5.0), "five rounds: all there is"
+    assert median_ratio(np.arange(1.0, 11), np.ones(10)) == Interval(5.5, 2.0, 9.0), "the textbook's second and ninth of ten"
+    rng = np.random.default_rng(0)
+    for n in (6, 9, 25):
+        draws = rng.standard_cauchy((2000, n)) + 10  # no variance at all
+        found = [median_ratio(d, np.ones(n)) for d in draws]
+        assert np.mean([f.low <= 10 <= f.high for f in found]) >= 0.945

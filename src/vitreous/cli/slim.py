@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import MODEL, DataOptions, ModelOptions, finite, grouped
+from .options import MODEL, DataOptions, ModelOptions, grouped
 
 
 @grouped
@@ -19,7 +19,13 @@ def slim(
     recipe: Annotated[Path | None, typer.Option(help="JSON file of steps")] = None,
     steps: Annotated[str | None, typer.Option(help='such as "EViT(keep=0.7), RepQ(weights=8)"')] = None,
     calibrate: Annotated[int | None, typer.Option(min=1, max=2**20, help="calibration images [default: 128, or all]")] = None,
-    budget: Annotated[float, typer.Option(min=0, callback=finite, help="points of accuracy the default recipe may lose")] = 1.0,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="what the default recipe may lose: points of accuracy [1], or % of nearest neighbours [5]"),
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="times as fast as the original in torch, at least")] = None,
+    latency: Annotated[float | None, typer.Option(help="milliseconds an image at batch 1, at most")] = None,
+    megabytes: Annotated[float | None, typer.Option(help="of the shipped file, at most")] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write [default: vitreous-out, vitreous-out-2 …]")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
     resume: Annotated[Path | None, typer.Option(help="folder where long steps keep what is finished, to go on from it")] = None,
@@ -30,7 +36,7 @@ def slim(
 
     from ..errors import VitreousError
     from ..folders import folder
-    from ..search import Job
+    from ..search import Goal, Job
     from ..steps import Recipe, kept_in
 
     if recipe is not None and steps is not None:
@@ -38,6 +44,7 @@ def slim(
     if resume is not None:
         kept_in(resume)
     chosen = Recipe.read(recipe) if recipe else Recipe.parse(steps) if steps is not None else None
+    goal = Goal(budget, speedup, latency, megabytes)
     console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with folder(out, overwrite) as (aside, target), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -52,8 +59,8 @@ def slim(
 
         progress("opening model", 0.0)
         net = opening.open(model)
-        job = Job(aside, source.data, source.seed, opening.threads, budget, source.limit, progress, resume)
-        proof = job.run(net, chosen, calibrate, False, None, source.download, {})
+        job = Job(aside, source.data, source.seed, opening.threads, goal, source.limit, progress, resume)
+        proof = job.run(net, chosen, calibrate, source.download)
     console.print(proof, width=max(console.width, 110))
     for line in job.notes:
         console.print(line, highlight=False)

@@ -72,6 +72,12 @@ class Data:
             stop = min(start + size, end)
             yield self.tensor(range(start, stop)), torch.from_numpy(self.labels[start:stop].copy())
 
+    def part(self, indices: Sequence[int] | np.ndarray) -> Data:
+        """The pictures at `indices` alone, in that order."""
+        at = [int(i) for i in indices]
+        read = lambda i: self._read(at[i])
+        return Data(self.name, self.classes, self.labels[at], read, self._prepare, self.skipped, self.note)
+
     def _whole(self, i: int) -> Image.Image:
         try:
             return self._read(i).convert(self._prepare.mode)

@@ -1,7 +1,8 @@
 """Paired measurements of two or more models on the same images and the same machine."""
 
-from .answers import Answers, Changed, ClassChange, FeatureError, Guess
+from .answers import Answers, Changed, ClassChange, Guess, compare
 from .cost import Cost
+from .distances import FeatureError
 from .drift import Drift
 from .faithfulness import Faithfulness, faithfulness
 from .latency import Latency, interleave
@@ -25,6 +26,7 @@ __all__ = [
     "Picture",
     "Proof",
     "Verdict",
+    "compare",
     "faithfulness",
     "interleave",
     "prove",

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .statistics import Interval, bootstrap_median_ratio
+from .statistics import Interval, median_ratio
 
 WARMUP = 3
 LEAST_ROUNDS, MOST_ROUNDS = 5, 300
 LONG = 1.0  # seconds of a call that a cold cache or a spinning thread no longer changes
+SURE = 1.1  # an interval narrower than this factor is good enough
+PATIENCE = 3  # times the seconds that may be spent while one is wider
 
 
 @dataclass(frozen=True)
@@ -96,23 +98,41 @@ def latencies(
 ) -> dict[str, list[Latency]]:
     """A `Latency` for each model and each batch size; `seconds` is for all of them together.
 
-    `images` `[n, C, H, W]` are repeated where a batch needs more than there are.
+    `images` `[n, C, H, W]` are repeated where a batch needs more than there are. Where a ratio stays unsure, because others use
+    the machine, it goes on for up to three times as long.
     """
     found: dict[str, list[Latency]] = {name: [] for name in calls}
     for i, batch in enumerate(batches if calls else ()):
         x = images[torch.arange(batch) % len(images)].contiguous()
+        runs = {name: partial(call, x) for name, call in calls.items()}
         with torch.inference_mode():
-            times = interleave(
-                {name: partial(call, x) for name, call in calls.items()},
-                rounds=rounds,
-                seconds=seconds / len(batches),
-                seed=seed,
-                tick=lambda fraction, i=i: tick((i + fraction) / len(batches)),
+            times = _until_sure(
+                runs, reference, rounds, seconds / len(batches), seed, lambda f, i=i: tick((i + f) / len(batches))
             )
         for name, t in times.items():
             ms = t * 1000 / batch
             q1, median, q3 = np.percentile(ms, (25, 50, 75))
             paired = name != reference and reference in times
-            ratio = bootstrap_median_ratio(times[reference], t, seed) if paired else None
+            ratio = median_ratio(times[reference], t) if paired else None
             found[name].append(Latency(batch, float(median), float(q1), float(q3), ratio, ms.tolist()))
     return found
+
+
+def _until_sure(
+    runs: Mapping[str, Callable[[], object]],
+    reference: str,
+    rounds: int | None,
+    seconds: float,
+    seed: int,
+    tick: Callable[[float], None],
+) -> dict[str, np.ndarray]:
+    """Rounds for `seconds`, and as many again while an interval is wide, up to `PATIENCE` times; or `rounds`, once."""
+    times: dict[str, np.ndarray] = {}
+    for turn in range(PATIENCE):
+        more = interleave(runs, rounds=rounds, seconds=seconds, seed=seed + turn, tick=tick)
+        times = {name: np.concatenate([times.get(name, t[:0]), t]) for name, t in more.items()}
+        others = [t for name, t in times.items() if name != reference] if reference in times else []
+        intervals = [median_ratio(times[reference], t) for t in others]
+        if rounds is not None or all(r.high <= SURE * r.low for r in intervals):
+            break
+    return times

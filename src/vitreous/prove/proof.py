@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,6 +68,9 @@ class Proof(Result):
     seed: int
     date: str
     machine: dict[str, Any]
+    load: float | None = None
+    """Processes that wanted to run while it was timed, this one among them (the system's average of the last minute); None
+    where the system does not tell."""
 
     def __getitem__(self, name: str) -> Measured:
         return {m.name: m for m in self.models}[name]
@@ -142,6 +146,7 @@ def prove(
             seed=seed,
             tick=lambda f: say("latency", f),
         )
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") and any(times.values()) else None
     measured = []
     for name, model in models.items():
         moved = drift.get(name)
@@ -169,4 +174,5 @@ def prove(
         seed=seed,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=describe(),
+        load=load,
     )

@@ -21,7 +21,7 @@ from .answers import Guess
 from .drawing import colour_bar, data_uri, enlarge, overlay, survival, tokens_left
 from .drift import as_shares, total_variation
 from .proof import Measured, Proof
-from .table import caption, rows, signed
+from .table import caption, rows, signed, three, times
 from .verdict import drifted, verdict
 
 CLASSES_SHOWN = 20
@@ -94,8 +94,8 @@ def _tiles(proof: Proof, m: Measured) -> list[dict[str, str]]:
     a = m.answers
     tiles = [
         {
-            "value": f"{t.ratio.value:.2f} ×",
-            "around": f"{t.ratio.low:.2f} to {t.ratio.high:.2f}",
+            "value": f"{times(t.ratio)} ×",
+            "around": f"{three(t.ratio.low)} to {three(t.ratio.high)}",
             "what": f"speed, batch {t.batch}",
         }
         for t in m.latency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,20 @@ def three(x: float) -> str:
     return f"{x:#.3g}".rstrip(".") if 1e-4 <= abs(x) < 999.5 else f"{x:,.0f}" if x else "0"
 
 
+def times(ratio: Interval) -> str:
+    """A ratio of speeds, no finer than its interval allows: `3.4`, or `2 to 5` where it is off by more than half."""
+    width = ratio.high / ratio.low
+    if width > 1.5:
+        return f"{_digits(ratio.low, 0.2)} to {_digits(ratio.high, 0.2)}"
+    return _digits(ratio.value, width - 1)
+
+
+def _digits(x: float, uncertainty: float) -> str:
+    """`x` with the last digit that an `uncertainty` (a share of it) of less than ten of that digit's units lets stand."""
+    places = min(max(-math.floor(math.log10(max(x * uncertainty, 1e-9))), 0), 2)
+    return f"{x:,.{places}f}"
+
+
 def _row(label: str, about: str, models: list[Measured], cell: Callable[[Measured], Cell]) -> Row:
     return Row(label, about, [cell(m) for m in models])
 
@@ -118,7 +133,7 @@ def _ms(batch: int, m: Measured) -> Cell:
 
 def _speed(batch: int, m: Measured) -> Cell:
     ratio = next((t.ratio for t in m.latency if t.batch == batch), None)
-    return Cell(MISSING) if ratio is None else Cell(f"{ratio.value:.2f} ×", f"{ratio.low:.2f} – {ratio.high:.2f}")
+    return Cell(MISSING) if ratio is None else Cell(f"{times(ratio)} ×", f"{three(ratio.low)} – {three(ratio.high)}")
 
 
 def _drift(m: Measured) -> Cell:

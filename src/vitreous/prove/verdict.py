@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .proof import Measured, Proof
-from .table import signed
+from .statistics import Interval
+from .table import signed, three, times
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def verdict(proof: Proof) -> Verdict:
     long: list[str] = []
     speeds = [(t.batch, t.ratio) for t in m.latency if t.ratio]
     if speeds:
-        values = sorted({f"{r.value:.{1 if r.value >= 2 else 2}f}" for _, r in speeds}, key=float)
-        short.append(f"{' to '.join([values[0], values[-1]][: len(values)])} times the speed")
-        each = ", ".join(f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f}) times at batch {b}" for b, r in speeds)
+        short.append(_speed([r for _, r in speeds]))
+        each = ", ".join(f"{times(r)} ({three(r.low)} to {three(r.high)}) times at batch {b}" for b, r in speeds)
         long.append(f"Against “{reference.name}”, the speed of “{m.name}” is {each}.")
+        if busy := _busy(proof):
+            long.append(busy)
     elif m.simulated:
         short.append("speed not shown")
         long.append(f"“{m.name}” simulates its arithmetic ({m.simulated}), so it has no speed.")
@@ -56,6 +58,31 @@ def verdict(proof: Proof) -> Verdict:
         whose = "its attention" if looked is m else f"the attention of “{looked.name}”"
         long.append(f"{moved.value * 100:.1f} % of {whose} moved elsewhere ({moved.low * 100:.1f} to {moved.high * 100:.1f}).")
     return Verdict(", ".join(short), long, m)
+
+
+def _speed(ratios: list[Interval]) -> str:
+    """In a few words, and no more exact than the intervals are."""
+    if any(r.high > 1.5 * r.low for r in ratios):
+        low, high = min(r.low for r in ratios), max(r.high for r in ratios)
+        if low <= 1 <= high:
+            return "speed cannot be told on this busy machine"
+        return f"{_rough(low)} to {_rough(high)} times the speed, on a busy machine"
+    if all(r.low <= 1 <= r.high for r in ratios):
+        return "as fast, as far as can be told"
+    values = sorted({times(r) for r in ratios}, key=float)
+    return f"{' to '.join([values[0], values[-1]][: len(values)])} times the speed"
+
+
+def _rough(x: float) -> str:
+    return f"{x:.0f}" if x >= 3 else f"{x:.1f}"
+
+
+def _busy(proof: Proof) -> str:
+    """Said when more wanted to run than there are cores, which makes every speed unsure."""
+    load, cores = proof.load, int(proof.machine.get("cores") or 1)
+    if load is None or load <= 1.25 * cores:
+        return ""
+    return f"Others used the machine meanwhile: {load:.1f} processes wanted its {cores} core{'s' if cores > 1 else ''}."
 
 
 def _accuracy(m: Measured, images: int, long: list[str]) -> list[str]:

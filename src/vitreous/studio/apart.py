@@ -73,12 +73,12 @@ def study(source: Source, images: int, say: Say) -> Study:
 
 def recipe(source: Source, steps: str, images: int, folder: Path, say: Say) -> Rows:
     """`vitreous slim` into `folder`: the model, its shipped files, the proof and the report."""
-    from ..search import Job
+    from ..search import Goal, Job
     from ..steps import Recipe
 
-    job = Job(folder, source.data.data, source.data.seed, source.opening.threads, 1.0, images, say)
+    job = Job(folder, source.data.data, source.data.seed, source.opening.threads, Goal(), images, say)
     chosen = Recipe.parse(steps) if steps.strip() else None
-    return summary(job.run(source.net(), chosen, None, False, None, False, {}))
+    return summary(job.run(source.net(), chosen))
 
 
 def summary(proof: Proof) -> Rows:

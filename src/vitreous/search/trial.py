@@ -1,0 +1,139 @@
+"""Export every option, run each file, and take the best that keeps to the goal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..errors import VitreousError
+from ..processor import multiplies_bf16
+from ..prove import interleave
+from ..ship import Runtime, Shipment, ship_all
+from .budget import Goal, Loss
+
+BATCHES = (1, 16)
+SECONDS = 6.0
+
+
+@dataclass
+class Trial:
+    """One option in one runtime: milliseconds an image at each of `BATCHES`, and what it loses (None: not asked)."""
+
+    option: str
+    path: Path
+    precision: str | None
+    runtime: Runtime
+    times: tuple[float, ...] = ()
+    speedups: tuple[float, ...] = ()
+    lost: Loss | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.option} in {self.runtime.engine}"
+
+    @property
+    def time(self) -> float:
+        """The geometric mean over the batch sizes."""
+        return float(np.exp(np.mean(np.log(self.times))))
+
+    @property
+    def speedup(self) -> float:
+        return float(np.exp(np.mean(np.log(self.speedups)))) if self.speedups else 1.0
+
+    def reaches(self, goal: Goal) -> bool:
+        return (
+            (goal.speedup is None or self.speedup >= goal.speedup)
+            and (goal.latency is None or self.times[0] <= goal.latency)
+            and (goal.megabytes is None or self.runtime.bytes <= goal.megabytes * 1e6)
+        )
+
+    def keeps(self, goal: Goal) -> bool:
+        return self.lost is None or self.lost.within(goal.allowed(self.lost.criterion))
+
+
+def exported(
+    options: Mapping[str, nn.Module],
+    folder: Path,
+    images: Tensor,
+    threads: int | None,
+    progress: Callable[[str, float], None],
+    notes: list[str],
+) -> tuple[list[Trial], dict[str, list[Shipment]]]:
+    """Every option in both runtimes, in folders of their own below `folder`. Raises `VitreousError` when none can be shipped."""
+    trials: list[Trial] = []
+    shipments: dict[str, list[Shipment]] = {}
+    refused: VitreousError | None = None
+    for i, (option, model) in enumerate(options.items()):
+        progress(f"exporting and checking {option}", i / len(options))
+        paths = [folder / str(i) / name for name in ("model.onnx", "model.xml")]
+        try:
+            shipments[option] = ship_all(model, paths, example=images)
+        except VitreousError as reason:
+            refused = reason
+            notes.append(f"{option} was not shipped: {reason}")
+            continue
+        for path in paths:
+            precision = "bf16" if path.suffix == ".xml" and multiplies_bf16() else None
+            trials.append(Trial(option, path, precision, Runtime(path, threads=threads, precision=precision)))
+    if not trials:
+        raise refused or VitreousError("there is nothing to ship")
+    return trials, shipments
+
+
+def timed(trials: list[Trial], net: nn.Module, images: Tensor, goal: Goal, progress: Callable[[str, float], None]) -> None:
+    """Fill in the times of all trials, interleaved; the original runs along where a speedup is asked for."""
+    calls: dict[str, Callable[[Tensor], object]] = {t.name: t.runtime for t in trials}
+    if goal.speedup is not None:
+        calls["original"] = net
+    medians: dict[str, list[float]] = {name: [] for name in calls}
+    for i, batch in enumerate(BATCHES):
+        x = images[np.arange(batch) % len(images)]
+        runs = {name: (lambda call=call, x=x: call(x)) for name, call in calls.items()}
+        told = lambda done, i=i: progress("trying the ways to run it", (i + done) / len(BATCHES))
+        found = interleave(runs, seconds=SECONDS / len(BATCHES), tick=told)
+        for name, seconds in found.items():
+            medians[name].append(float(np.median(seconds)) * 1000 / batch)
+    for trial in trials:
+        trial.times = tuple(medians[trial.name])
+        if goal.speedup is not None:
+            trial.speedups = tuple(a / b for a, b in zip(medians["original"], trial.times, strict=True))
+
+
+def best(trials: list[Trial], goal: Goal, notes: list[str]) -> Trial:
+    """The fastest trial within the budget; with targets, of those that reach them the one that loses least. Where nothing does,
+    the closest, which is said."""
+    within = [t for t in trials if t.keeps(goal)]
+    if not within:
+        chosen = min(trials, key=lambda t: t.lost.value if t.lost else 0.0)
+        notes.append(f"nothing keeps to the budget: {chosen.name} comes closest, with {chosen.lost}")
+        return chosen
+    reaching = [t for t in within if t.reaches(goal)]
+    if goal.targets and reaching:
+        return min(reaching, key=lambda t: (t.lost.value if t.lost else 0.0, t.time))
+    smallest = goal.megabytes is not None and goal.speedup is None and goal.latency is None
+    chosen = min(within, key=lambda t: t.runtime.bytes if smallest else t.time)
+    if goal.targets:
+        got = f"{chosen.times[0]:.2g} ms an image at batch 1, {chosen.runtime.bytes / 1e6:.1f} MB"
+        got += f", {chosen.speedup:.2g} times the speed" if chosen.speedups else ""
+        notes.append(f"nothing within the budget reaches {goal.targets}: {chosen.name} comes closest, {got}")
+    return chosen
+
+
+def kept(chosen: Trial, trials: list[Trial], shipments: dict[str, list[Shipment]], folder: Path, notes: list[str]) -> Runtime:
+    """Leave only the files of the chosen option in `folder`, and say how the others did; the chosen file, ready to run."""
+    for s in shipments[chosen.option]:
+        for file in s.files:
+            file.replace(folder / file.name)
+        notes.append(str(replace(s, path=Path(s.path.name))))
+    for parent in {t.path.parent for t in trials}:
+        shutil.rmtree(parent, ignore_errors=True)
+    notes.append(f"shipped as {chosen.name}; beside it, on the images to choose on:")
+    for t in trials:
+        lost = f", {t.lost}" if t.lost else ""
+        notes.append(f"{t.name}: {t.time / chosen.time:.2f} × its time{lost}")
+    return Runtime(folder / chosen.path.name, threads=chosen.runtime.threads, precision=chosen.precision)
