@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from support import command
 
 import vitreous as vt
+import vitreous.search.job
 import vitreous.search.trial
 from vitreous.quant.layers import QuantLinear
 
@@ -99,6 +100,8 @@ def test_default_recipe_ships_float_when_integers_do_not_run(
         return real(model, paths, **kwargs)
 
     monkeypatch.setattr(vitreous.search.trial, "ship_all", no_integers)
+    for room in (vitreous.search.trial, vitreous.search.job):
+        monkeypatch.setattr(room, "SECONDS", 0.1)
     arguments = ["slim", "--limit", "64", "--calibrate", "16", "--budget", "100", "--out", str(tmp_path / "out")]
     status, out, _ = command(monkeypatch, capsys, *arguments)
     assert status == 0 and refused
