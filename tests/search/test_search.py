@@ -62,7 +62,7 @@ def test_budgets() -> None:
     assert str(Loss(NEIGHBOURS, 3, 0)) == "3.0 % of the nearest neighbours lost"
     assert Goal().allowed(NEIGHBOURS) == 5 and Goal(budget=0.0).allowed(NEIGHBOURS) == 0
     for wrong in (dict(speedup=0.0), dict(budget=-1.0), dict(latency=float("nan"))):
-        with pytest.raises(VitreousError, match="must be above 0"):
+        with pytest.raises(VitreousError, match="must be above 0 and finite"):
             Goal(**wrong)
 
 
