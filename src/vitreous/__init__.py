@@ -5,6 +5,7 @@ from .anatomy import read
 from .blocks import traced
 from .errors import VitreousError
 from .glass import glass
+from .learn import heal, merge, train
 from .prove import Proof, faithfulness, prove
 from .ship import Runtime, Shipment, ship
 from .steps import Recipe, Step, slim
@@ -23,8 +24,10 @@ __all__ = [
     "data",
     "faithfulness",
     "glass",
+    "heal",
     "learn",
     "load",
+    "merge",
     "models",
     "open",
     "prove",
@@ -37,4 +40,5 @@ __all__ = [
     "slim",
     "tokens",
     "traced",
+    "train",
 ]

@@ -6,16 +6,14 @@ ordinary `nn.Module` with a `History`, from which `save` and `load` build it aga
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
 import json
 import os
-import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import images
+from .calls import checked, read_calls
 from .errors import VitreousError, nearest
 from .folders import locked
 from .schema import fits, named, read_json, short
@@ -149,25 +148,7 @@ def make_step(name: str, /, **parameters: Any) -> Step:
         names = [*REGISTRY, *(n.split(".")[1] for n in REGISTRY)]
         hint = nearest(name[:100], names) or f"; there are {', '.join(sorted(REGISTRY))}"
         raise VitreousError(f"unknown step {short(name)}{hint}")
-    cls = REGISTRY[found[0]]
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}
-    values = {}
-    for key, value in parameters.items():
-        if key not in known:
-            hint = nearest(key[:100], known) or f"; it has {', '.join(known) or 'none'}"
-            raise VitreousError(f"step {found[0]} has no parameter '{key[:100]}'{hint}")
-        value = tuple(value) if isinstance(value, list) else value
-        if isinstance(value, int) and fits(value, int) and not fits(value, hints[key]) and fits(float(value), hints[key]):
-            value = float(value)
-        if not fits(value, hints[key]):
-            huge = isinstance(value, int | float) and not isinstance(value, bool) and not fits(value, int | float)
-            wanted_type = "finite and below 2⁵³" if huge else named(hints[key])
-            raise VitreousError(f"step {found[0]}: '{key}' must be {wanted_type}, not {short(value)}")
-        values[key] = value
-    if missing := [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]:
-        raise VitreousError(f"step {found[0]} needs '{missing[0]}'")
-    return cls(**values)
+    return checked(REGISTRY[found[0]], f"step {found[0]}", parameters)
 
 
 @dataclass(frozen=True)
@@ -179,18 +160,7 @@ class Recipe:
     @staticmethod
     def parse(text: str) -> Recipe:
         """From `"tokens.EViT(keep=0.7), quant.RepQ(weights=8)"`, the way steps are written in Python."""
-        wrong = f"cannot read the steps {short(text)}"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the parser thinks of odd code
-                tree = ast.parse(f"[{text}]", mode="eval").body
-            if not isinstance(tree, ast.List):
-                raise VitreousError(f"{wrong}: a bracket closes what it did not open; write them as EViT(keep=0.7), RepQ()")
-            return Recipe(tuple(_one_step(node) for node in tree.elts))
-        except SyntaxError as error:
-            raise VitreousError(f"{wrong}: {error.msg}; write them as EViT(keep=0.7), RepQ()") from None
-        except (ValueError, RecursionError, MemoryError) as error:  # a NUL byte; brackets by the hundred
-            raise VitreousError(f"{wrong}: {error or 'nested too deeply'}; write them as EViT(keep=0.7), RepQ()") from None
+        return Recipe(tuple(make_step(name, **given) for name, given in read_calls(text, "steps", "EViT(keep=0.7), RepQ()")))
 
     @staticmethod
     def from_json(text: str, source: str = "recipe") -> Recipe:
@@ -219,21 +189,6 @@ class Recipe:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.steps)) or "nothing"
-
-
-def _one_step(node: ast.expr) -> Step:
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    said = short(ast.unparse(call))
-    if call.args or any(k.arg is None for k in call.keywords):
-        raise VitreousError(f"cannot read {said}: name each parameter, as in EViT(keep=0.7)")
-    names = [str(k.arg) for k in call.keywords]
-    if twice := [n for n in names if names.count(n) > 1]:
-        raise VitreousError(f"cannot read {said}: '{twice[0]}' is given twice")
-    try:
-        parameters = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (ValueError, TypeError):
-        raise VitreousError(f"cannot read {said}: parameters must be plain values") from None
-    return make_step(ast.unparse(call.func), **parameters)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The command line: `vitreous slim | see | faithful | heads | studio | anatomy | steps | systems`. One small file a command."""
+"""The command line: one small file a command."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from ..errors import VitreousError
 from .anatomy import anatomy
 from .faithful import faithful
 from .heads import heads
+from .merge import merge
 from .see import see
 from .slim import slim
 from .steps import steps
 from .studio import studio
 from .systems import systems
+from .train import train
 
 # typer carries its own copy of click, whose usage errors only this reaches
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -31,7 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (slim, see, faithful, heads, studio, anatomy, steps, systems):
+for command in (slim, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
     app.command()(command)
 
 

@@ -2,5 +2,6 @@
 
 from .folder import Skipped
 from .sets import Data, calibration, open_data
+from .training import training_data
 
-__all__ = ["Data", "Skipped", "calibration", "open_data"]
+__all__ = ["Data", "Skipped", "calibration", "open_data", "training_data"]

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ def open_data(
     source: str | Path,
     model: Any = None,
     *,
+    part: Literal["test", "train"] = "test",
     limit: int | None = None,
     seed: int = 0,
     download: bool = False,
@@ -102,6 +103,7 @@ def open_data(
     (the official test split), or a folder: one folder a class, or a root with `train` and `test` or `val` parts made of
     such class folders, of which `test` (else `val`) is opened. A name wins over a folder; `./sample` means the folder.
 
+    - `part`: "train" for the training pictures, to learn from; of a folder without parts, the same pictures.
     - `limit`: the first so many pictures. A folder comes in an order drawn from `seed`, so that any beginning of it
       is a fair sample; the official splits keep their own order.
     - `download`: fetch an official set through torchvision where there is no local copy; `root` is the folder where
@@ -120,12 +122,12 @@ def open_data(
     logits = logits if isinstance(logits, int) else None
     folder = _folder(source)
     if folder is None:
-        classes, images, labels = _arrays(str(source), "test", download, root)
+        classes, images, labels = _arrays(str(source), part, download, root)
         images, labels = images[:limit], labels[:limit]
         note = _check_classes(str(source), classes, logits)
         return Data(str(source), classes, labels, lambda i: Image.fromarray(images[i]), prepare, note=note)
 
-    listing = list_files(folder, "test", need_classes=logits != 0)
+    listing = list_files(folder, part, need_classes=logits != 0)
     classes, labels = listing.classes, listing.labels
     if logits == 1000 and set(classes) <= set(ids := ImageNetInfo().label_names()):
         labels = np.array([ids.index(c) for c in classes])[labels]

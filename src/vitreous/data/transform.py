@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Preparation:
     to_tensor: Callable[[Image.Image], torch.Tensor]
     view: Callable[[Image.Image], Image.Image]
     said: str = "by a transform of your own"
+    config: Mapping[str, Any] = field(default_factory=dict)  # timm's: input_size, mean, std, interpolation, crop_pct
 
     def __str__(self) -> str:
         return self.said
@@ -67,7 +68,7 @@ def preparation(model: Any = None, transform: Callable[[Image.Image], torch.Tens
             config[key] = (sum(values) / len(values),) * chans
     look: Any = create_transform(**config, normalize=False)
     to_tensor: Any = create_transform(**config)
-    return Preparation(mode, to_tensor, lambda image: to_pil_image(look(image)), _said(mode, config))
+    return Preparation(mode, to_tensor, lambda image: to_pil_image(look(image)), _said(mode, config), config)
 
 
 def _said(mode: str, config: Mapping[str, Any]) -> str:

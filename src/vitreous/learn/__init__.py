@@ -1,17 +1,75 @@
-"""Training objectives and schedules of the methods."""
+"""Teaching a model: the engine, what is learnt, optimisers; objectives and schedules of the methods."""
 
+from .align import AlignToTable
+from .classify import BinaryCrossEntropy, CrossEntropy
 from .consistency import token_reduction_consistency
+from .distill import KD, FeatureMatch
+from .engine import train
+from .ewa import EWA, merged, with_experts
 from .frd import frd, reverse_modules
+from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenReductionConsistency, heal
+from .long_tail import DeiTLT, effective_weights, long_tailed
+from .merging import Kitchen, MergingRule, merge
+from .nkd import NKD, USKD
+from .objective import Batch, Now, Objective, Seen, objective
+from .opcm import OPCM
+from .optimisers import SGD, AdamW, Lion, Optimiser, SGDSaI
+from .patch_mixing import PatchMixing, replacement_curve
+from .sam import SAM
 from .schedule import keep_rate, set_keep
+from .sharpness import largest_eigenvalue, neighbourhood_loss
+from .soups import GreedySoup, LearnedSoup, UniformSoup
 from .sparsifiner import connectivity_loss, predictor_parameters, sparsifiner_distillation
 
 __all__ = [
+    "EWA",
+    "FRD",
+    "KD",
+    "NKD",
+    "OPCM",
+    "SAM",
+    "SGD",
+    "USKD",
+    "AdamW",
+    "AlignToTable",
+    "Batch",
+    "BinaryCrossEntropy",
+    "Connectivity",
+    "CrossEntropy",
+    "DeiTLT",
+    "FeatureMatch",
+    "GreedySoup",
+    "KeepRate",
+    "Kitchen",
+    "LearnedSoup",
+    "Lion",
+    "MergingRule",
+    "Now",
+    "Objective",
+    "Optimiser",
+    "PatchMixing",
+    "SGDSaI",
+    "Seen",
+    "SparsifinerDistillation",
+    "TokenReductionConsistency",
+    "UniformSoup",
     "connectivity_loss",
+    "effective_weights",
     "frd",
+    "heal",
     "keep_rate",
+    "largest_eigenvalue",
+    "long_tailed",
+    "merge",
+    "merged",
+    "neighbourhood_loss",
+    "objective",
     "predictor_parameters",
+    "replacement_curve",
     "reverse_modules",
     "set_keep",
     "sparsifiner_distillation",
     "token_reduction_consistency",
+    "train",
+    "with_experts",
 ]

@@ -63,8 +63,16 @@ def frd(
     Raises `VitreousError` when teacher and student differ in depth, width or patches.
     """
     with torch.no_grad():
-        target, theirs = _patches_of_blocks(teacher, x)
-    out, ours = _patches_of_blocks(student, x)
+        target, theirs = patches_of_blocks(teacher, x)
+    out, ours = patches_of_blocks(student, x)
+    error, divergence = recalibration(out, ours, target, theirs, reverse, tau)
+    return out, tokens * error + logits * divergence
+
+
+def recalibration(
+    out: Tensor, ours: list[Tensor], target: Tensor, theirs: list[Tensor], reverse: nn.ModuleList, tau: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The two terms of `frd`, not weighted: of the patches `[B, N, C]` of every block, and of the logits `[B, K]`."""
     if not len(ours) == len(theirs) == len(reverse):
         raise VitreousError(
             f"the student has {len(ours)} blocks and {len(reverse)} reverse modules, the teacher {len(theirs)} blocks"
@@ -79,11 +87,10 @@ def frd(
             )
         error = error + F.mse_loss(guess, whole) / len(ours)
     log_ours, log_theirs = (F.log_softmax(y / tau, 1) for y in (out, target))
-    divergence = F.kl_div(log_ours, log_theirs, reduction="batchmean", log_target=True) * tau**2
-    return out, tokens * error + logits * divergence
+    return error, F.kl_div(log_ours, log_theirs, reduction="batchmean", log_target=True) * tau**2
 
 
-def _patches_of_blocks(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def patches_of_blocks(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """What the model answers, and the patches `[B, N, C]` that leave each of its blocks."""
     anatomy, seen = read(model), cast(list[Tensor], [])
     hooks = [

@@ -1,0 +1,99 @@
+"""`vitreous train MODEL --data DATA`: teach a model, from its labels or from a teacher."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import MODEL, DataOptions, ModelOptions, grouped
+
+
+@grouped
+def train(
+    model: MODEL = None,
+    *,
+    opening: ModelOptions,
+    source: DataOptions,
+    out: Annotated[Path, typer.Option(help="folder of the run; an unfinished one goes on")] = Path("runs/train"),
+    teacher: Annotated[str | None, typer.Option(help="timm name or saved model to learn from")] = None,
+    teacher_checkpoint: Annotated[Path | None, typer.Option(help="local weights for --teacher")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" [default: CrossEntropy(), and KD() of a teacher]')
+    ] = None,
+    optimiser: Annotated[str, typer.Option(help="AdamW, Lion, SGD or SGDSaI, as Lion(lr=1e-4)")] = "AdamW",
+    sam: Annotated[float | None, typer.Option(help="sharpness-aware steps of this radius")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="times through the training images")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="images a step")] = 128,
+    micro: Annotated[int | None, typer.Option(min=1, help="images at once, where a batch does not fit into memory")] = None,
+    augment: Annotated[str, typer.Option(help="crop, shift (for small pictures), randaugment, or none")] = "crop",
+    mixup: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
+    cutmix: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
+    ema: Annotated[float | None, typer.Option(min=0, max=1, help="decay of an average of the weights")] = None,
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed …")] = "32-true",
+    compile: Annotated[bool, typer.Option(help="compile the model first")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="processes that read pictures")] = 0,
+) -> None:
+    """Train a model on class folders: from scratch, --pretrained or from a --checkpoint, alone or with a teacher.
+
+    OUT gets the last checkpoint, the best and the final weights, log.csv and report.html. Start it under torchrun for several
+    devices.
+    """
+    import timm
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+    from .. import store
+    from ..data.training import class_names, training_data
+    from ..errors import VitreousError
+    from ..learn import SAM, written
+    from ..learn import train as teach
+    from ..learn.engine import accuracy_on
+
+    if model in timm.list_models() and opening.num_classes is None and opening.checkpoint is None:
+        opening = replace(opening, num_classes=len(class_names(source.data, source.download)))
+    net = opening.open(model)
+    taught_by = store.open_model(teacher, checkpoint=teacher_checkpoint) if teacher is not None else None
+    chosen = written.objectives(objective or ("CrossEntropy()" if taught_by is None else "CrossEntropy(), KD()"), taught_by)
+    base = written.optimiser(optimiser)
+    learn_from, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
+    for what, part in (("train", learn_from), ("check", check)):
+        print(f"{len(part)} images to {what}, {len(part.skipped)} files skipped", file=sys.stderr)
+        for skipped in part.skipped[:5]:
+            print(f"  {skipped.path}: {skipped.reason}", file=sys.stderr)
+    device = next(net.parameters()).device.type
+    with Progress(
+        SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("", total=1.0)
+        try:
+            taught = teach(
+                net,
+                learn_from,
+                chosen,
+                SAM(base, sam) if sam is not None else base,
+                epochs=epochs,
+                batch=batch,
+                micro=micro,
+                augment=None if augment == "none" else augment,
+                mixup=mixup,
+                cutmix=cutmix,
+                ema=ema,
+                precision=precision,
+                compiled=compile,
+                check=check,
+                out=out,
+                seed=source.seed,
+                workers=workers,
+                accelerator=device,
+                progress=lambda line, share: bar.update(task, description=line, completed=share),
+            )
+        except KeyboardInterrupt:
+            raise VitreousError(f"stopped; to go on: {shlex.join(['vitreous', *sys.argv[1:]])}") from None
+    accuracy = accuracy_on(taught, check)
+    said = "" if accuracy is None else f", {100 * accuracy:.2f} % of {len(check)} images right"
+    print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir() if not p.name.startswith('.')))}{said}")

@@ -1,0 +1,53 @@
+"""How training pictures are changed before the model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from ..data import Data
+from ..data.transform import preparation
+from ..errors import VitreousError
+
+KINDS = ("crop", "shift", "randaugment")
+
+
+def transform_for(model: nn.Module, data: Any, augment: str | Callable[[Any], Tensor] | None) -> Callable[[Any], Tensor] | None:
+    """From a picture of `data` to the tensor that `model` takes; of tensors, from a batch to a batch (None: as they are)."""
+    if callable(augment):
+        return augment
+    if augment is not None and augment not in KINDS:
+        raise VitreousError(f"no augmentation '{augment}': choose {', '.join(KINDS)}, none, or give a function")
+    if not isinstance(data, Data):
+        return shift if augment is not None else None
+    prepared = preparation(model)
+    if augment is None:
+        return prepared.to_tensor
+    size, mean, std = (prepared.config[k] for k in ("input_size", "mean", "std"))
+    _, height, width = size
+    if augment == "shift":
+        pad = max(height, width) // 8
+        base = [v2.Resize((height, width)), v2.RandomCrop((height, width), padding=pad), v2.RandomHorizontalFlip()]
+        return v2.Compose([*base, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    policy = "rand-m9-mstd0.5-inc1" if augment == "randaugment" else None
+    how = prepared.config["interpolation"]
+    no_jitter: Any = None
+    made: Any = create_transform(size, True, mean=mean, std=std, interpolation=how, auto_augment=policy, color_jitter=no_jitter)
+    return made
+
+
+def shift(images: Tensor) -> Tensor:
+    """Each image of `[B, C, H, W]` moved by up to an eighth of its side, and mirrored with probability ½."""
+    b, _, h, w = images.shape
+    pad = max(h, w) // 8
+    moves, mirrored = torch.randint(0, 2 * pad + 1, (2, b)), torch.rand(b) < 0.5
+    padded = torch.nn.functional.pad(images, (pad,) * 4)
+    rows = moves[0][:, None] + torch.arange(h)
+    columns = moves[1][:, None] + torch.where(mirrored[:, None], torch.arange(w).flip(0), torch.arange(w))
+    place = (rows[:, :, None] * (w + 2 * pad) + columns[:, None]).to(images.device)  # [B, H, W]
+    return padded.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view_as(images)

@@ -1,0 +1,148 @@
+"""Training batches that depend on seed, epoch and place alone: not on workers, processes, or where a run was stopped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import Data
+from ..errors import VitreousError
+from .objective import Batch
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed torch, numpy and random from a row of numbers."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which images make up micro-batch `k` of step `s`: `steps` a run, `pieces` micro-batches a step, of `size` images each."""
+
+    images: int
+    steps_an_epoch: int
+    steps: int
+    pieces: int
+    size: int
+    seed: int
+
+    def indices(self, step: int, piece: int) -> tuple[int, list[int]]:
+        """The epoch, and the places in the data."""
+        epoch, inside = divmod(step, self.steps_an_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        first = (inside * self.pieces + piece) * self.size
+        return epoch, order[first : first + self.size].tolist()
+
+
+class _Mine:
+    """A batch sampler: the micro-batches of one process, from step `first` on."""
+
+    def __init__(self, order: Order, first: int, mine: range) -> None:
+        self.order, self.first, self.mine = order, first, mine
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.order.steps):
+            for piece in self.mine:
+                epoch, places = self.order.indices(step, piece)
+                yield [(epoch, i) for i in places]
+
+    def __len__(self) -> int:
+        return (self.order.steps - self.first) * len(self.mine)
+
+
+class _Augmented(Dataset):
+    """Pictures of `data`, changed by `transform` as drawn by seed, epoch and place."""
+
+    def __init__(self, data: Data, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, i = key
+        seed_everything(self.seed, epoch, i)
+        return self.transform(self.data._whole(i)), torch.as_tensor(self.data.labels[i]), i
+
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+class Batches:
+    """The batches of one process: an iterator over steps, each a list of (`piece`, `Batch`).
+
+    `data` is a `Data`, or a pair of tensors `(images, labels or None)` that may lie on the device already.
+    """
+
+    def __init__(
+        self,
+        data: Data | Pair,
+        transform: Callable[[Any], Tensor] | None,
+        order: Order,
+        first: int,
+        mine: range,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        mix_until: float,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.data, self.transform, self.order, self.first, self.mine = data, transform, order, first, mine
+        self.mix, self.workers, self.device = mix, workers, device
+        self.mixed_steps = mix_until * order.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, Batch]]]:
+        pieces = self._loaded() if isinstance(self.data, Data) else self._held()
+        for step in range(self.first, self.order.steps):
+            yield [(piece, self._mixed(next(pieces), step, piece)) for piece in self.mine]
+
+    def _loaded(self) -> Iterator[Batch]:
+        assert isinstance(self.data, Data) and self.transform is not None
+        loader = DataLoader(
+            _Augmented(self.data, self.transform, self.order.seed),
+            batch_sampler=_Mine(self.order, self.first, self.mine),  # type: ignore[arg-type]
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels, index in loader:
+            yield Batch(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), index)
+
+    def _held(self) -> Iterator[Batch]:
+        images, labels = self.data  # type: ignore[misc]
+        for places in _Mine(self.order, self.first, self.mine):
+            index = torch.tensor([i for _, i in places])
+            where = index.to(images.device)
+            x = images[where].to(self.device)
+            if self.transform is not None:
+                seed_everything(self.order.seed, places[0][0], places[0][1])
+                x = self.transform(x)
+            yield Batch(x, None if labels is None else labels[where].to(self.device), index)
+
+    def _mixed(self, batch: Batch, step: int, piece: int) -> Batch:
+        if self.mix is None or step >= self.mixed_steps:
+            return batch
+        seed_everything(self.order.seed, step, piece, 1)
+        images, labels = self.mix(batch.images, batch.need_labels())
+        return Batch(images, labels, batch.index)
+
+
+def planned(images: int, batch: int, micro: int | None, world: int, epochs: float, seed: int) -> Order:
+    """How the images are cut. Raises `VitreousError` where they cannot: fewer than a batch, a batch that does not divide."""
+    if batch < 1 or epochs <= 0:
+        raise VitreousError(f"cannot train for {epochs} epochs with {batch} images a batch: both must be above 0")
+    if images < batch:
+        raise VitreousError(f"the data has {images} images, fewer than a batch of {batch}: give a batch of at most {images}")
+    size = micro or max(batch // world, 1)
+    if batch % (size * world):
+        raise VitreousError(
+            f"a batch of {batch} cannot be cut into pieces of {size} on {world} processes: "
+            f"give a batch that is a multiple of {size * world}"
+        )
+    an_epoch = images // batch
+    return Order(images, an_epoch, max(1, round(epochs * an_epoch)), batch // size, size, seed)

@@ -1,0 +1,89 @@
+"""`vitreous train` and `vitreous merge`, as a person calls them."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitreous as vt
+from vitreous import cli
+
+SMALL = [
+    "vit_tiny_patch16_224", "--img-size", "16",
+    *(w for a in ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=3") for w in ("--model-arg", a)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes by colour; one file is broken."""
+    home, g = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for c, name in enumerate(("blue", "green", "red")):
+        (home / name).mkdir()
+        for i in range(20):
+            pixels = g.integers(0, 120, (16, 16, 3)) + 120 * np.eye(3, dtype=int)[2 - c]
+            Image.fromarray(pixels.astype(np.uint8)).save(home / name / f"{i}.png")
+    (home / "red" / "broken.png").write_bytes(b"no picture")
+    return home
+
+
+def vitreous(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["vitreous", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr()
+    return stopped.value.code, said.out, said.err
+
+
+def test_train_twice_and_merge(photos, tmp_path, monkeypatch, capsys):
+    runs = []
+    for seed in (1, 2):
+        runs.append(tmp_path / f"run{seed}")
+        words = ["train", *SMALL, "--data", photos, "--batch", 16, "--epochs", 6, "--augment", "shift", "--out", runs[-1]]
+        status, out, err = vitreous(monkeypatch, capsys, *words, "--optimiser", "AdamW(lr=3e-3)", "--seed", seed)
+        assert status == 0, err
+        assert "12 images right" in out and "1 files skipped" in err and "broken.png" in err
+    made = {p.name for p in runs[0].iterdir()}
+    assert {"best.safetensors", "last.pt", "log.csv", "model.safetensors", "report.html", "run.json"} <= made
+    taught = vt.load(runs[0] / "model.safetensors")
+    assert taught.num_classes == 3
+    data = vt.data.open_data(photos, taught)
+    assert data.classes == ("blue", "green", "red")
+    right = np.mean([int(taught(x).argmax(1)[0]) == int(y[0]) for x, y in data.batches(1)])
+    assert right > 0.8
+    soup = tmp_path / "soup.safetensors"
+    files = [r / "model.safetensors" for r in runs]
+    status, out, err = vitreous(monkeypatch, capsys, "merge", *files, "--data", photos, "--out", soup)
+    assert status == 0, err
+    assert "kept" in out and "soup.safetensors:" in out
+    assert vt.load(soup).num_classes == 3
+    for words, said in (
+        (["merge", *files, "--rule", "Blend()", "--out", tmp_path / "x.safetensors"], "unknown rule 'Blend'"),
+        (["merge", *files, "--rule", "OPCM()", "--data", photos, "--out", tmp_path / "x.safetensors"], "give base="),
+        (["merge", *files, "--data", photos, "--out", soup], "exists"),
+        (["train", files[0], "--data", photos, "--batch", 16, "--seed", 9, "--out", runs[0]], "holds a run with other"),
+    ):
+        status, _, err = vitreous(monkeypatch, capsys, *words)
+        assert status == 2 and said in err.replace("\n", " "), err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--objective", "NKX()"], "unknown objective 'NKX'"),
+        (["--objective", "NKD()"], "needs a teacher"),
+        (["--optimiser", "AdamW(lr=-1)"], "lr must be above 0"),
+        (["--batch", "600"], "fewer than a batch of 600"),
+        (["--augment", "twirl"], "no augmentation 'twirl'"),
+        (["--optimiser", "SGD(lr=1e12)", "--augment", "none"], "not finite at step"),
+    ],
+)
+def test_bad_words(words, said, photos, tmp_path, monkeypatch, capsys):
+    status, _, err = vitreous(
+        monkeypatch, capsys, "train", *SMALL, "--data", photos, "--batch", 16, *words, "--out", tmp_path / "run"
+    )
+    assert not (tmp_path / "run").exists()
+    assert status == 2 and said in " ".join(err.split()) and "Traceback" not in err

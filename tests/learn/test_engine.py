@@ -1,0 +1,198 @@
+"""The training engine: what it computes, that nothing is lost, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from learning import pictures, vit
+from safetensors.torch import load_file
+from torch import nn
+
+import vitreous as vt
+from vitreous.learn import CrossEntropy, Objective
+
+KEYS = dict(epochs=3, batch=16, augment=None, seed=1)
+
+
+def apart(a, b):
+    return max(float((p - q).abs().max()) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_it_learns_and_leaves_the_argument_alone():
+    model, data = vit(), pictures()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    taught = vt.train(model, data, epochs=12, batch=16, augment=None)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (taught(data[0]).argmax(1) == data[1]).float().mean() > 0.9
+    assert not taught.training
+
+
+def test_the_first_step_is_that_of_the_hand():
+    """One step of SGD on cross-entropy, without warm-up or clipping."""
+    model, (x, y) = vit(), pictures(16)
+    taught = vt.train(
+        model, (x, y), optimiser=vt.learn.SGD(lr=0.1, weight_decay=0.0), epochs=1, batch=16, augment=None, warmup=0, clip=None
+    )
+    loss = F.cross_entropy(model.train()(x), y)
+    for (name, p), g in zip(model.named_parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        assert torch.allclose(taught.get_parameter(name), p - 0.1 * 1.9 * g, atol=1e-5), name  # Nesterov's first step: 1 + µ
+
+
+def test_accumulation_changes_nothing():
+    model, data = vit(), pictures()
+    assert apart(vt.train(model, data, **KEYS), vt.train(model, data, **KEYS, micro=4)) < 1e-5
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches a kill."""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """With dropout, mixup, augmentation, an average of the weights and momentum."""
+    model, data = vit(drop_rate=0.1, drop_path_rate=0.1), pictures()
+    settings = KEYS | dict(augment="shift", mixup=0.2, ema=0.9, every=0.0)
+    whole = vt.train(model, data, **settings)
+    steps = 0
+
+    def progress(_: str, share: float) -> None:
+        nonlocal steps
+        steps += 1
+        if steps in (1, 2, 5, 7, 8, 12):
+            raise Killed
+
+    for _ in range(6):
+        with pytest.raises(Killed):
+            vt.train(model, data, **settings, out=tmp_path / "run", progress=progress)
+    went_on = vt.train(model, data, **settings, out=tmp_path / "run", progress=progress)
+    assert apart(whole, went_on) == 0
+    assert steps < 30  # it did not begin anew each time: 12 steps a run
+    assert apart(vt.load(tmp_path / "run" / "model.safetensors", base=model), whole) == 0
+
+
+def test_other_settings_or_weights_do_not_go_on(tmp_path):
+    model, data = vit(), pictures()
+    vt.train(model, data, **KEYS, out=tmp_path)
+    with pytest.raises(vt.VitreousError, match="other seed"):
+        vt.train(model, data, **{**KEYS, "seed": 2}, out=tmp_path)
+    with torch.no_grad():
+        model.head.bias += 1
+    with pytest.raises(vt.VitreousError, match="other weights"):
+        vt.train(model, data, **KEYS, out=tmp_path)
+
+
+def test_a_damaged_checkpoint_is_said(tmp_path):
+    model, data = vit(), pictures()
+    vt.train(model, data, **KEYS, out=tmp_path)
+    whole = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(vt.VitreousError, match="damaged"):
+        vt.train(model, data, **KEYS, out=tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    model, data = vit(), pictures()
+    save, calls = torch.save, []
+
+    def full(state, path):
+        calls.append(path)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(vt.VitreousError, match="No space left"):
+        vt.train(model, data, **KEYS, out=tmp_path, every=0.0)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+    assert not list(tmp_path.glob(".*.part"))
+    monkeypatch.setattr(torch, "save", save)
+    assert apart(vt.train(model, data, **KEYS, out=tmp_path, every=0.0), vt.train(model, data, **KEYS)) == 0
+
+
+@dataclass(frozen=True)
+class Centred(Objective):
+    """Uses the mean over the whole batch."""
+
+    whole_batch = True
+
+    def __call__(self, seen, batch, now):
+        mean = now.gather(seen.logits).mean(0)
+        return {"centred": (seen.logits - mean).square().mean()}
+
+
+TWO = """
+import sys, torch
+sys.path[:0] = {tests!r}
+from learning import pictures, vit
+from test_engine import KEYS, Centred
+import vitreous as vt
+one = vt.train(vit(), pictures(), **KEYS, devices=2)
+whole = vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=2)
+if torch.distributed.get_rank() == 0:
+    from safetensors.torch import save_file
+    save_file(one.state_dict(), {out!r} + "/one.safetensors")
+    save_file(whole.state_dict(), {out!r} + "/whole.safetensors")
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(tests=[str(p) for p in Path(__file__).parents[:2]], out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, objective in (("one", [CrossEntropy()]), ("whole", [CrossEntropy(), Centred()])):
+        alone = vt.train(vit(), pictures(), objective, **KEYS).state_dict()
+        together = load_file(tmp_path / f"{name}.safetensors")
+        assert max(float((alone[k] - together[k]).abs().max()) for k in alone) < 1e-5, name
+
+
+def test_sam_counts_batch_norms_once_and_repeats_dropout():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4))
+    data = pictures(16)
+    once = KEYS | dict(epochs=1)
+    taught = vt.train(net, data, optimiser=vt.learn.SAM(vt.learn.SGD(lr=1e-9), rho=1e-6), **once)
+    plain = vt.train(net, data, optimiser=vt.learn.SGD(lr=1e-9), **once)
+    assert torch.equal(taught[2].running_mean, plain[2].running_mean)
+    assert int(taught[2].num_batches_tracked) == 1
+    # With an ascent of nearly nothing the second gradient is the first, if dropout is drawn alike.
+    a = vt.train(net, data, optimiser=vt.learn.SAM(vt.learn.SGD(lr=0.1), rho=1e-6), **once)
+    b = vt.train(net, data, optimiser=vt.learn.SGD(lr=0.1), **once)
+    assert apart(a, b) < 1e-4
+    assert apart(vt.train(net, data, optimiser=vt.learn.SAM(vt.learn.SGD(lr=0.1), rho=1.0), **once), b) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(batch=100), "fewer than a batch"),
+        (dict(batch=16, micro=3), "multiple of 3"),
+        (dict(objective=vt.learn.NKD(vit(5))), "teacher of the same classes"),
+        (dict(objective=vt.learn.KD()), "needs a teacher"),
+        (dict(optimiser=vt.learn.SGD(lr=1e30), clip=None), "not finite at step"),
+        (dict(augment="twirl"), "no augmentation"),
+        (dict(objective=Centred(), micro=4), "leave micro out"),
+        (dict(objective=vt.learn.USKD(), model=nn.Sequential(nn.Flatten(), nn.Linear(768, 4))), "no blocks of attention"),
+    ],
+)
+def test_refusals(change, match):
+    settings = KEYS | change
+    model = settings.pop("model", None) or vit()
+    with pytest.raises(vt.VitreousError, match=match):
+        vt.train(model, pictures(), settings.pop("objective", CrossEntropy()), **settings)
+
+
+def test_labels_out_of_range_and_nothing_to_train():
+    x, y = pictures()
+    with pytest.raises(vt.VitreousError, match="image 5 has the label 9"):
+        vt.train(vit(), (x, torch.where(torch.arange(64) == 5, 9, y)), **KEYS)
+    frozen = vit().requires_grad_(False)
+    with pytest.raises(vt.VitreousError, match="nothing to train"):
+        vt.train(frozen, (x, y), **KEYS)

@@ -1,0 +1,163 @@
+"""Losses and optimisers hold the official implementations' outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vitreous as vt
+from vitreous.learn.align import alignment
+from vitreous.learn.long_tail import deit_lt, effective_weights, exponential_counts
+from vitreous.learn.merging import Kitchen
+from vitreous.learn.nkd import nkd, uskd
+from vitreous.learn.sam import ascend
+from vitreous.learn.sgd_sai import SGDSaIOptimizer
+
+FOLDER = Path(__file__).parents[1] / "goldens"
+
+
+def golden(name: str):
+    held = np.load(FOLDER / f"{name}.npz")
+    arrays = {k: torch.from_numpy(np.atleast_1d(held[k]).reshape(held[k].shape)) for k in held if k != "info"}
+    return json.loads(held["info"].tobytes()), arrays
+
+
+def near(ours, theirs, tolerance):
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1e-12)
+
+
+def test_nkd():
+    info, g = golden("nkd--nkd_t1_g15")
+    student = g["student"].requires_grad_()
+    loss = nkd(student, g["teacher"], g["label"], info["kwargs"]["gamma"], info["kwargs"]["temp"])
+    loss.backward()
+    near(loss.detach(), g["loss"], 1e-10)
+    near(student.grad, g["grad_student"], 1e-9)
+
+
+def test_uskd():
+    info, g = golden("nkd--uskd_default")
+    leaves = [g[k].requires_grad_() for k in ("student", "mid", "fc_weight", "fc_bias")]
+    student, mid, w, b = leaves
+    shares = F.one_hot(g["label"], student.shape[1]).double()
+    loss = uskd(student, F.linear(mid, w, b), shares, *(info["kwargs"][k] for k in ("alpha", "beta", "mu")))
+    loss.backward()
+    near(loss.detach(), g["loss"], 1e-10)
+    for leaf, name in zip(leaves, ("student", "mid", "fc_weight", "fc_bias"), strict=True):
+        near(leaf.grad, g[f"grad_{name}"], 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("lion--default_betas", lambda groups, k: vt.learn.Lion(betas=tuple(k["betas"]))._make(groups)),
+        ("sgd-sai--default", lambda groups, k: SGDSaIOptimizer(groups, momentum=k["momentum"], eps=k["eps"])),
+    ],
+)
+def test_optimisers(name, make):
+    info, g = golden(name)
+    keys = [k.removeprefix("p0_") for k in g if k.startswith("p0_")]
+    params = {k: torch.nn.Parameter(g[f"p0_{k}"].clone()) for k in keys}
+    opt = make([{"params": [p], "weight_decay": info["kwargs"]["weight_decay"]} for p in params.values()], info["kwargs"])
+    for t, lr in enumerate(info["lrs"]):
+        for group in opt.param_groups:
+            group["lr"] = lr
+        for k, p in params.items():
+            p.grad = g[f"g_{k}"][t].clone()
+        opt.step()
+        for k, p in params.items():
+            near(p.detach(), g[f"p_{k}"][t].view_as(p), 1e-12)
+
+
+def test_sam():
+    info, g = golden("sam-vit--sgd_rho005")
+    k = info["kwargs"]
+    p = {n: torch.nn.Parameter(g[f"p0_{n}"].clone()) for n in ("W1", "b1", "W2", "b2")}
+    groups = [
+        {"params": [p["W1"], p["W2"]], "weight_decay": k["weight_decay"]},
+        {"params": [p["b1"], p["b2"]], "weight_decay": 0.0},
+    ]
+    opt = torch.optim.SGD(groups, lr=k["lr"], momentum=k["momentum"])
+
+    def loss():
+        return F.cross_entropy(F.linear(torch.tanh(F.linear(g["X"], p["W1"], p["b1"])), p["W2"], p["b2"]), g["y"])
+
+    for t in range(10):
+        opt.zero_grad()
+        first = loss()
+        first.backward()
+        near(first.detach(), g["loss"][t], 1e-10)
+        was = {n: x.detach().clone() for n, x in p.items()}
+        restore = ascend(p.values(), k["rho"], k["adaptive"])
+        opt.zero_grad()
+        second = loss()
+        second.backward()
+        near(second.detach(), g["loss_perturbed"][t], 1e-10)
+        restore()
+        assert all(torch.equal(x, was[n]) for n, x in p.items())
+        opt.step()
+        for n, x in p.items():
+            near(x.detach(), g[f"p_{n}"][t], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["opcm--paper_alpha05_4tasks", "opcm--zerodiag_alpha05_4tasks"])
+def test_opcm(name):
+    info, g = golden(name)
+    k = info["kwargs"]
+    names = [n.removeprefix("pre_") for n in g if n.startswith("pre_")]
+    start = {n: g[f"pre_{n}"] for n in names}
+    states = [{n: g[f"task{i}_{n}"] for n in names} for i in k["order"]]
+    rule = vt.learn.OPCM(k["alpha"], zero_diagonal="zerodiag" in name, skip_roots=True)
+    roots = frozenset(n for n in names if n.split(".")[0] not in k["leaf_modules"])
+    kitchen = Kitchen(frozenset(f"{n}.weight" for n in k["linear"]), start, roots)
+    merged = rule(states, kitchen)
+    for n in names:
+        near(merged[n], g[f"merged_{n}"], 1e-12)
+
+
+def test_greedy_soup():
+    _, g = golden("model-soups--linear8")
+    states = [{"weight": w, "bias": b} for w, b in zip(g["weights"], g["biases"], strict=True)]
+    tried = []
+
+    def judge(state):
+        right = (F.linear(g["X_val"], state["weight"], state["bias"]).argmax(1) == g["y_val"]).double().mean()
+        tried.append(float(right))
+        return float(right)
+
+    soup = vt.learn.GreedySoup()(states, Kitchen(frozenset(), judge=judge))
+    near(soup["weight"], g["greedy_weight"], 1e-12)
+    near(soup["bias"], g["greedy_bias"], 1e-12)
+    assert tried[8:] == g["trace"].tolist()
+    uniform = vt.learn.UniformSoup()(states, Kitchen(frozenset()))
+    near(uniform["weight"], g["uniform_weight"], 1e-12)
+
+
+def test_deit_lt():
+    info, g = golden("deit-lt--c10_if100_drw")
+    k = info["kwargs"]
+    assert exponential_counts(5000, k["classes"], k["imb_factor"]) == g["counts"].tolist()
+    weights = effective_weights(g["counts"], k["beta"])
+    near(weights, g["weights"], 1e-10)
+    cls, dist = g["cls"].requires_grad_(), g["dist"].requires_grad_()
+    ours, taught = deit_lt(cls, dist, g["teacher"], g["label"], weights, k["alpha"])
+    near(ours.detach(), g["loss_base"], 1e-10)
+    near(taught.detach(), g["loss_dist"], 1e-10)
+    (ours + taught).backward()
+    near(cls.grad, g["grad_cls"], 1e-9)
+    near(dist.grad, g["grad_dist"], 1e-9)
+
+
+@pytest.mark.parametrize(("form", "name"), [("clip", "clip"), ("infonce", "contrastive"), ("byol", "byol")])
+def test_gpt4image(form, name):
+    info, g = golden("gpt4image--tau005")
+    image = g["image"].requires_grad_()
+    loss = alignment(image, g["text"], info["kwargs"]["tau"], form)
+    loss.backward()
+    near(loss.detach(), g[f"loss_{name}"], 1e-10)
+    near(image.grad, g[f"grad_{name}"], 1e-9)

@@ -1,0 +1,83 @@
+"""A slimmed model learns to be what it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vitreous as vt
+
+FAST = dict(batch=16, augment=None, optimiser=vt.learn.AdamW(lr=2e-4))
+
+
+@pytest.fixture(scope="module")
+def original():
+    return vt.open()
+
+
+@pytest.fixture(scope="module")
+def data(original):
+    sample = vt.data.open_data("sample", original, limit=64)
+    return sample.tensor(range(64)), torch.from_numpy(sample.labels)
+
+
+STEPS = {
+    "evit": vt.tokens.EViT(keep=0.1, fuse=False),
+    "mctf": vt.tokens.MCTF(r=40),
+    "slimming": vt.tokens.TokenSlimming(keep=0.5),
+    "sparsifiner": vt.tokens.Sparsifiner(budget=0.2),
+    "heads": vt.prune.Heads(share=0.5),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_healing_brings_a_model_back(original, data, name, tmp_path):
+    small = vt.slim(original, STEPS[name], calibration=data[0][:16])
+
+    def distance(model):
+        """From the original's answers; of MCTF, which learns from labels alone, from the labels."""
+        with torch.no_grad():
+            wanted = F.one_hot(data[1], 10) if name == "mctf" else original(data[0]).softmax(1)
+            return float((model(data[0]).softmax(1) - wanted).abs().mean())
+
+    healed = vt.heal(small, original, data, epochs=3, **FAST)
+    assert distance(healed) < 0.8 * distance(small)
+    assert [str(s) for s in healed.vitreous.steps()] == [str(s) for s in small.vitreous.steps()]
+    vt.save(healed, tmp_path / "healed.safetensors")
+    again = vt.load(tmp_path / "healed.safetensors", base=original)
+    assert torch.equal(again(data[0][:4]), healed(data[0][:4]))
+
+
+def test_integers_come_last(original, data):
+    int8 = vt.slim(original, vt.quant.RepQ(), calibration=data[0][:16])
+    with pytest.raises(vt.VitreousError, match="before integers"):
+        vt.heal(int8, original, data)
+
+
+def test_features_heal_without_labels(original, data):
+    x, body = data[0], copy.deepcopy(original)
+    body.reset_classifier(0)
+    small = vt.slim(body, vt.tokens.EViT(keep=0.1, fuse=False))
+    healed = vt.heal(small, body, (x, None), epochs=3, **FAST)
+    with torch.no_grad():
+        before, after = ((m(x) - body(x)).norm() for m in (small, healed))
+    assert after < 0.8 * before
+
+
+def test_the_keep_rate_falls(original, data):
+    small = vt.slim(original, vt.tokens.EViT(keep=0.5, at=(1,)))
+    kept = []
+
+    class Watch(vt.learn.Objective):
+        def before_step(self, now):
+            kept.append(now.model.get_submodule("blocks.1").reducers[0].keep)
+
+        def __call__(self, seen, batch, now):
+            return {}
+
+    teach = [vt.learn.CrossEntropy(), vt.learn.KeepRate(0.5, 0, 2), Watch()]
+    vt.train(small, (data[0][:64], data[1][:64]), teach, epochs=3, batch=16, augment=None)
+    assert kept[0] == 1.0 and kept[-1] == 0.5 and 0.5 < kept[4] < 1 and kept == sorted(kept, reverse=True)
