@@ -4,7 +4,8 @@
     python benchmarks/train_bundled.py --out runs/fashion --install  # also writes it into the package
 
 Everything random comes from --seed. A checkpoint is written aside and renamed after every epoch, so a killed run
-(kill -9 included) goes on from the last whole epoch with the same random numbers.
+(kill -9 included) goes on from the last whole epoch with the same random numbers. It goes on only under the settings, the data
+and the code that it began with.
 
 The model trains with EViT (Liang et al., 2022) in its first block, as that paper does to its models: a share --keep of the
 patches stays, which costs 2.6 times less. In the last third of the epochs every second step sees all of them, and pictures are
@@ -20,21 +21,26 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import hashlib
+import io
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2, muon
 
+from vitreous import __version__
 from vitreous.data.fashion import fashion_arrays
+from vitreous.files import write_whole
+from vitreous.folders import locked
 from vitreous.models.bundled import MEAN, STD, WEIGHTS, vit_fashion
 from vitreous.tokens import EViT
+from vitreous.work import fingerprint
 
 # timm orthogonalises in bfloat16, which processors without it emulate fifty times slower.
 muon.zeropower_via_newtonschulz = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
@@ -81,9 +87,15 @@ def shortened(model: VisionTransformer, keep: float) -> VisionTransformer:
 
 
 def checkpoint(path: Path, **state: object) -> None:
-    aside = path.with_suffix(".part")
-    torch.save(state, aside)
-    os.replace(aside, path)
+    held = io.BytesIO()
+    torch.save(state, held)
+    write_whole(path, held.getvalue())
+
+
+def goes_on(said: dict[str, str], settings: dict[str, str], last: Path) -> None:
+    """Stop where the checkpoint was trained by other settings: what comes out would be neither's."""
+    if changed := [f"{k}: {said.get(k)} there, {v} now" for k, v in settings.items() if said.get(k) != v]:
+        raise SystemExit(f"{last} was trained with other settings ({'; '.join(changed)}): give another --out, or remove it")
 
 
 def main() -> None:
@@ -100,7 +112,11 @@ def main() -> None:
     p.add_argument("--install", action="store_true", help="write the weights into the package when done")
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
+    with locked(a.out.absolute()):
+        train(a)
 
+
+def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     device = torch.device(a.device)
     data = {}
@@ -120,8 +136,16 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: min(1, (i + 1) / warm) * (1 - min(1, i / total)))
     last = a.out / "last.pt"
     first = 0
+    decides = ("epochs", "batch", "lr", "decay", "keep", "seed", "device")
+    settings = {k: str(getattr(a, k)) for k in decides} | {
+        "data": fingerprint(x, y),
+        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
+        "vitreous": __version__,
+        "torch": str(torch.__version__),
+    }
     if last.exists():
         state = torch.load(last, weights_only=True, map_location=device)
+        goes_on(state.get("settings", {}), settings, last)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
@@ -166,18 +190,16 @@ def main() -> None:
             }
             kept.append(json.dumps(row))
             bar.console.print(kept[-1])
-            log.with_suffix(".part").write_text("\n".join(kept) + "\n")
-            os.replace(log.with_suffix(".part"), log)
-            checkpoint(
-                last, epoch=epoch + 1, model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict()
-            )
+            write_whole(log, "\n".join(kept) + "\n")
+            states = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+            checkpoint(last, epoch=epoch + 1, settings=settings, **states)
 
     half = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
     target = a.out / "model.safetensors"
-    save_file(half, target)
+    write_whole(target, save(half))
     if a.install:
         WEIGHTS.parent.mkdir(exist_ok=True)
-        save_file(half, WEIGHTS)
+        write_whole(WEIGHTS, save(half))
 
 
 if __name__ == "__main__":

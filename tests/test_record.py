@@ -68,7 +68,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "name of no word": (put("base", "name", value=3), "by a name"),
     "long name": (put("base", "name", value="x" * 10_000), "unknown model"),
     "base is a list": (put("base", value=[1]), "no mapping"),
-    "arguments are a list": (put("base", "kwargs", value=[1]), "in no mapping"),
+    "arguments are a list": (put("base", "kwargs", value=[1]), "no arguments of its model"),
     "more in the base": (put("base", "more", value=1), "damaged"),
     "more in the record": (put("more", value=1), "cannot be read"),
     "no steps": (lambda about: about.pop("steps") and None, "cannot be read"),
@@ -139,6 +139,16 @@ def test_hubs_and_folders_are_asked_for(tmp_path: Path) -> None:
     for name in ("hf-hub:timm/vit_tiny_patch16_224", f"local-dir:{tmp_path}"):
         with pytest.raises(vt.VitreousError, match="ask for pretrained"):
             vt.open(name)
+
+
+def test_arguments_that_read_files_are_asked_for() -> None:
+    given: dict[str, Any] = {"checkpoint_path": "/etc/passwd", "pretrained_cfg": {"url": "http://x"}, "cache_dir": "/tmp"}
+    for key, value in given.items():
+        for name in ("vit_tiny_patch16_224", None):
+            with pytest.raises(vt.VitreousError, match=f"'{key}' makes timm read"):
+                vt.open(name, **{key: value})
+    with pytest.raises(vt.VitreousError, match="'checkpoint_path' makes timm read"):
+        vt.open("vit_tiny_patch16_224", pretrained=True, checkpoint_path="/etc/passwd")
 
 
 def test_every_bit_counts(saved: Path, tmp_path: Path) -> None:

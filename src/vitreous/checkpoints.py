@@ -26,6 +26,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
+from .archives import refuse_bomb
 from .errors import VitreousError
 from .record import arguments, plain
 
@@ -74,6 +75,7 @@ def read(path: str | Path) -> Checkpoint:
         raise VitreousError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         return Checkpoint(str(path), _unwrapped(read_safetensors(path)[0]))
+    refuse_bomb(path)
     try:
         with torch.serialization.safe_globals(ALLOWED):
             held: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -77,8 +77,8 @@ def _check_base(base: dict[str, Any], source: str, network: bool) -> None:
     name, kwargs, notes = base.get("name"), base.get("kwargs"), base.get("notes", [])
     if base.keys() - {"name", "kwargs", "notes"} or not isinstance(name, str) or not fits(notes, list[str]):
         raise VitreousError(f"{source} does not say by a name what model it was made from: the file is damaged")
-    if not isinstance(kwargs, dict):
-        raise VitreousError(f"{source} names its model's arguments in no mapping: the file is damaged")
+    if not isinstance(kwargs, dict) or (name.startswith(HUBS) and kwargs.keys() & NEVER):
+        raise VitreousError(f"{source} names no arguments of its model, or some that read other files: it is damaged")
     if name.startswith(HUBS):
         refuse_hub(name, network)
         return
@@ -97,6 +97,14 @@ def refuse_hub(name: str, network: bool) -> None:
     """Raise `VitreousError` for a name by which timm reads the network or another folder, unless that was asked for."""
     if name.startswith(HUBS) and not network:
         raise VitreousError(f"{short(name)} makes timm read the network or another folder: ask for pretrained if you trust it")
+
+
+def refuse_reading(kwargs: Mapping[str, Any], network: bool) -> None:
+    """Raise `VitreousError` for arguments by which timm reads files or the network, unless that was asked for."""
+    for key in sorted(kwargs.keys() & (NEVER if not network else {"checkpoint_path"})):
+        raise VitreousError(
+            f"'{key}' makes timm read files or the network: give local weights as checkpoint, or ask for pretrained"
+        )
 
 
 def known(name: str) -> bool:

@@ -23,7 +23,7 @@ from .expects import class_names, expect, expectations, restore
 from .files import check, write_whole
 from .models.bundled import CLASSES, WEIGHTS
 from .outputs import tensors
-from .record import HUBS, affordable, arguments, read_record, refuse_hub
+from .record import HUBS, NEVER, affordable, arguments, read_record, refuse_hub, refuse_reading
 from .steps import History, history_of, refuse_nan, remember
 from .untie import untie
 from .work import fingerprint
@@ -73,6 +73,7 @@ def _opened(
     model: str | Path | nn.Module | None, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     """The model, and what there is to tell of how it was opened."""
+    refuse_reading(kwargs, pretrained)
     if isinstance(model, nn.Module):
         if kwargs:
             raise VitreousError(f"a module is taken as it is built: leave {', '.join(kwargs)} out")
@@ -112,11 +113,18 @@ def _opened(
     refuse_nan(opened)
     if given is not None:
         refuse_overflow(opened, given.source)
-    return remember(opened, History({"name": name, "kwargs": kwargs} | ({"notes": notes} if notes else {}))), notes
+    return remember(
+        opened,
+        History(
+            {"name": name, "kwargs": {k: v for k, v in kwargs.items() if k not in NEVER}} | ({"notes": notes} if notes else {})
+        ),
+    ), notes
 
 
 def _moved(model: nn.Module, device: str | torch.device) -> nn.Module:
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("what lies there has no numbers")
         return model.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available()]

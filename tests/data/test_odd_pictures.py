@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import gzip
+import os
+import pickle
 import struct
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+import vitreous as vt
+from vitreous import VitreousError
 from vitreous.data import open_data
 from vitreous.data.pictures import Unreadable, read_picture
 
@@ -137,3 +145,72 @@ def test_only_formats_that_decode_in_process(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     with pytest.raises(Unreadable, match="known format"):
         read_picture(tmp_path / "a.eps")
+
+
+def test_memory_is_bounded_by_what_the_pixels_take(tmp_path: Path) -> None:
+    """Two megabytes of a 16-bit PNG with transparency would take over a gigabyte."""
+
+    def png(path: Path, side: int, rows: int) -> Path:
+        head = struct.pack(">IIBBBBB", side, side, 16, 6, 0, 0, 0)
+        packed = zlib.compress(bytes((side * 8 + 1) * rows), 1)
+        chunks = ((b"IHDR", head), (b"IDAT", packed), (b"IEND", b""))
+        body = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+        return path
+
+    with pytest.raises(Unreadable, match="MB of memory"):
+        read_picture(png(tmp_path / "large.png", 6000, 1))
+    small = png(tmp_path / "small.png", 1000, 1000)
+    tell, told = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = peak()
+            assert read_picture(small).size == (1000, 1000)
+            os.write(told, str(peak() - before).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert int(os.read(tell, 100)) < 1000 * 1000 * 17 + 2**23
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def test_data_can_be_pickled(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (40, 30), (i, 50, 90)).save(tmp_path / name / f"{i}.png")
+    for source in ("sample", tmp_path):
+        data = open_data(source, limit=4)
+        again = pickle.loads(pickle.dumps(data))
+        assert torch.equal(again.tensor([0, 1]), data.tensor([0, 1])) and again.picture(1) == data.picture(1)
+        assert (again.labels == data.labels).all() and again.classes == data.classes
+        x, y = data[3]
+        assert torch.equal(x, data.tensor([3])[0]) and y == data.labels[3] and type(y) is int
+        assert len(list(data)) == 4
+        with pytest.raises(IndexError):
+            data[4]
+    loader = DataLoader(open_data("sample", limit=4), batch_size=2, num_workers=1, multiprocessing_context="fork")
+    assert [tuple(x.shape) for x, _ in loader] == [(2, 1, 28, 28)] * 2
+
+
+def test_archives_that_unpack_far_beyond_their_size(tmp_path: Path) -> None:
+    bomb = tmp_path / "weights.pt"
+    with (
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("archive/data.pkl", "w") as part,
+    ):
+        for _ in range(80):
+            part.write(bytes(2**20))
+    assert bomb.stat().st_size < 2**20
+    with pytest.raises(VitreousError, match="would unpack"):
+        vt.open("vit_tiny_patch16_224", checkpoint=bomb)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(10)))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(5 * 10**7), 1))
+    with pytest.raises(VitreousError, match="unpacks to more"):
+        open_data("fashion-mnist", root=tmp_path)

@@ -37,8 +37,10 @@ def studio(
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise VitreousError(f"cannot serve on {host}:{port}: {error.strerror}; give another --port") from None
+        except (OSError, TypeError, UnicodeError) as error:
+            raise VitreousError(
+                f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}; give another --port"
+            ) from None
     first = Source(models[0] if models else None, opening, source)
     others = [replace(first, model=name, opening=replace(opening, checkpoint=None)) for name in (models or [])[1:]]
     opened = [Opened(s) for s in (first, *others)]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from ..archives import gunzip
 from ..errors import VitreousError
 from ..models.bundled import CLASSES as CLASSES
 
 # The first 1,000 pictures of the official test split and 256 of the train split; made by benchmarks/make_sample.py.
 SAMPLE = Path(__file__).parent / "bundled" / "fashion_sample.npz"
+
+LARGEST = 60_000 * 28 * 28 + 16  # bytes of its largest file, unpacked
 
 # Debian's package dataset-fashion-mnist, then torchvision's own layout below a folder that people commonly use.
 PLACES = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw", "~/.cache/torchvision/FashionMNIST/raw")
@@ -27,7 +29,7 @@ def sample_arrays(split: str = "test") -> tuple[np.ndarray, np.ndarray]:
 def read_idx(path: Path) -> np.ndarray:
     """One IDX file, gzipped or plain, as uint8: `[N]` labels or `[N, 28, 28]` pictures."""
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = gunzip(path, LARGEST) if path.suffix == ".gz" else path.read_bytes()
         dims = raw[3]
         shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)

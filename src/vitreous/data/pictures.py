@@ -9,6 +9,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
+MAX_BYTES = 512 * 1024 * 1024  # of memory that one picture may take while it is decoded and brought to 8 bits
+# What Pillow and `to_8_bit` take for each pixel: decoded, turned upright, laid on white; and what some decoders take besides.
+BYTES = {"1": 3, "L": 3, "P": 9, "RGB": 8, "YCbCr": 8, "CMYK": 12, "LAB": 12, "HSV": 12, "I": 9, "F": 8}
+OTHER = 17  # with transparency, and modes that are rare
+DECODER = {"JPEG2000": 16, "AVIF": 8, "WEBP": 8, "TIFF": 3}
 MAX_ASPECT = 100  # beyond it, a resize of the shorter side would make millions of columns
 
 # Only formats that decode in this process: EPS, for one, would start another program on the file.
@@ -38,6 +43,12 @@ def read_picture(path: Path, probe: bool = False) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"{width} x {height} pixels: over {MAX_PIXELS // 10**6} megapixels, not decoded")
+            told = 5 if image.mode.startswith("I;16") else OTHER if image.has_transparency_data else BYTES.get(image.mode, OTHER)
+            needed = width * height * (told + DECODER.get(str(image.format), 0))
+            if needed > MAX_BYTES:
+                raise Unreadable(
+                    f"{width} x {height} pixels need {needed >> 20} MB of memory: over {MAX_BYTES >> 20}, not decoded"
+                )
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise Unreadable(f"{width} x {height} pixels: longer than {MAX_ASPECT} times its width")
             if probe:
@@ -59,13 +70,18 @@ def read_picture(path: Path, probe: bool = False) -> Image.Image:
 def to_8_bit(image: Image.Image) -> Image.Image:
     """`image`, of any mode that a file can have, in mode `RGB` or `L`. Raises `Unreadable` where the scale is unknown."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise Unreadable("32-bit pixels outside 0 to 65535, whose scale is unknown")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        grey = np.empty(values.shape, np.uint8)
+        for rows in range(0, len(values), 64):  # a few at a time: in between they are wider
+            grey[rows : rows + 64] = (values[rows : rows + 64].astype(np.int64) + 128) // 257
+        return Image.fromarray(grey)
     if image.mode == "F":
         raise Unreadable("floating-point pixels, whose scale is unknown")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", rgba.size, "white")
+        white.paste(rgba, mask=rgba)
+        return white
     return image.convert("L" if image.mode in ("1", "L") else "RGB")

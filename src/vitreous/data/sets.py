@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,34 @@ Transform = Callable[[Image.Image], torch.Tensor]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """Reads picture `i` of `[N, H, W]` or `[N, H, W, 3]` uint8."""
+
+    images: np.ndarray
+
+    def __call__(self, i: int) -> Image.Image:
+        return Image.fromarray(self.images[i])
+
+
+@dataclass(frozen=True)
+class Files:
+    """Reads picture `i` from its file."""
+
+    paths: list[Path]
+
+    def __call__(self, i: int) -> Image.Image:
+        return read_picture(self.paths[i])
+
+
 class Data:
     """Labelled pictures, ready for one model; made by `open_data`.
 
     `name` of the source; `classes` by label; `labels [N]` int64; `skipped`, the files left out and why; `note`, a
     sentence for the report where the figures need a caution, else empty. Pictures are opened when they are asked for.
+
+    It is a data set for torch's `DataLoader` too, whose items are `(x [C, H, W] float32, y)`; workers may be spawned, for it
+    can be pickled (with a `transform` of one's own, if that can be).
     """
 
     def __init__(
@@ -53,6 +77,11 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name} has images 0 to {len(self) - 1}, not {i}")
+        return self.tensor([i])[0], int(self.labels[i])
 
     def __repr__(self) -> str:
         return f"Data({self.name!r}, {len(self)} images, {len(self.classes)} classes, {len(self.skipped)} skipped)"
@@ -125,7 +154,7 @@ def open_data(
         classes, images, labels = _arrays(str(source), part, download, root)
         images, labels = images[:limit], labels[:limit]
         note = _check_classes(str(source), classes, logits)
-        return Data(str(source), classes, labels, lambda i: Image.fromarray(images[i]), prepare, note=note)
+        return Data(str(source), classes, labels, Arrays(images), prepare, note=note)
 
     listing = list_files(folder, part, need_classes=logits != 0)
     classes, labels = listing.classes, listing.labels
@@ -141,7 +170,7 @@ def open_data(
             f"only the class '{classes[labels[0]]}' in {listing.folder} has readable images: accuracy over one class "
             f"says nothing; {len(skipped)} files were skipped, the first {skipped[0].path} ({skipped[0].reason})"
         )
-    return Data(str(source), classes, labels, lambda i: read_picture(listing.paths[good[i]]), prepare, skipped, note)
+    return Data(str(source), classes, labels, Files([listing.paths[i] for i in good]), prepare, skipped, note)
 
 
 def calibration(
@@ -167,12 +196,12 @@ def calibration(
     if folder is None:
         classes, images, labels = _arrays(str(source), "train", download, root)
         good = balanced_order(labels, seed)[:n]
-        data = Data(str(source), classes, labels[good], lambda i: Image.fromarray(images[good[i]]), prepare)
+        data = Data(str(source), classes, labels[good], Arrays(images[good]), prepare)
     else:
         listing = list_files(folder, "train", need_classes=False)
         good, skipped = readable(listing, balanced_order(listing.labels, seed), n)
         labels = listing.labels[good]
-        data = Data(str(source), listing.classes, labels, lambda i: read_picture(listing.paths[good[i]]), prepare, skipped)
+        data = Data(str(source), listing.classes, labels, Files([listing.paths[i] for i in good]), prepare, skipped)
     if len(data) < n:
         raise VitreousError(f"{source} has {len(data)} images to calibrate on, not {n}: ask for at most {len(data)}")
     return data.tensor(range(n))

@@ -31,6 +31,20 @@ class Preparation:
         return self.said
 
 
+@dataclass(frozen=True)
+class View:
+    """The picture that `look`, a transform to a tensor without normalization, leaves; a class, so that it can be pickled."""
+
+    look: Callable[[Image.Image], torch.Tensor]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return to_pil_image(self.look(image))
+
+
+def unchanged(image: Image.Image) -> Image.Image:
+    return image
+
+
 def preparation(model: Any = None, transform: Callable[[Image.Image], torch.Tensor] | None = None) -> Preparation:
     """The evaluation transform of `model` (of the bundled model when None), or the given `transform`.
 
@@ -57,7 +71,7 @@ def preparation(model: Any = None, transform: Callable[[Image.Image], torch.Tens
         raise VitreousError(f"the model takes images of {chans} channels; pictures have 1 (grey) or 3 (RGB)")
     mode = "L" if chans == 1 else "RGB"
     if transform is not None:
-        return Preparation(mode, transform, lambda image: image)
+        return Preparation(mode, transform, unchanged)
 
     config = resolve_data_config(pretrained_cfg=dict(cfg))
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
@@ -68,7 +82,7 @@ def preparation(model: Any = None, transform: Callable[[Image.Image], torch.Tens
             config[key] = (sum(values) / len(values),) * chans
     look: Any = create_transform(**config, normalize=False)
     to_tensor: Any = create_transform(**config)
-    return Preparation(mode, to_tensor, lambda image: to_pil_image(look(image)), _said(mode, config), config)
+    return Preparation(mode, to_tensor, View(look), _said(mode, config), config)
 
 
 def _said(mode: str, config: Mapping[str, Any]) -> str:
