@@ -115,19 +115,35 @@ def test_report_that_cannot_be_written(proof, tmp_path):
         write_report(proof, tmp_path / "no" / "r.html", title="t")
 
 
-def test_survival_fades_dropped_and_joins_merged():
+def test_survival_darkens_dropped_and_joins_merged():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     groups = np.array([[-1, 0], [1, 1]])
     drawn = np.asarray(survival(image, groups))
     half = drawn.shape[0] // 2
-    assert (drawn[:half, :half, 3] < 80).all() and (drawn[:half, half:, 3] == 255).all()
-    assert (drawn[:half, :half, 0] == drawn[:half, :half, 1]).all()
     big = np.asarray(image.resize(drawn.shape[:2], Image.Resampling.NEAREST))
-    assert (drawn[:half, half:, :3] == big[:half, half:]).all()  # a token of its own keeps its pixels
-    inner = drawn[half + 4 : -4, 4:-4, :3].astype(float)
+    assert drawn.shape[2] == 3, "no see-through patches: on a light page they would be lighter than the picture"
+    assert (drawn[:half, :half] <= big[:half, :half].max(2, keepdims=True) // 3).all()
+    assert (drawn[:half, :half, 0] == drawn[:half, :half, 1]).all()
+    assert (drawn[: half - 1, half + 1 :] == big[: half - 1, half + 1 :]).all()  # a token of its own keeps its pixels
+    inner = drawn[half + 4 : -4, 4:-4].astype(float)
     assert inner.std() < 0.5 * big[half + 4 : -4, 4:-4].std()
-    assert len(np.unique(drawn[-1, :, :3], axis=0)) == 1  # one outline, one colour
+    assert len(np.unique(drawn[-1], axis=0)) == 1  # one outline, one colour
     assert tokens_left(groups) == 2
+
+
+def test_dropped_patches_of_a_black_picture_are_no_lighter_and_still_to_be_seen():
+    drawn = np.asarray(survival(Image.new("L", (32, 32)), np.array([[-1, 0]]))).astype(int).sum(2)
+    half = drawn.shape[1] // 2
+    assert (drawn[:, :half] == 0).all() and (drawn[2:-2, half + 2 :] == 0).all()
+    assert (drawn[:, half] > 300).all(), "the border between them"
+
+
+def test_what_was_tried_comes_last_and_many_pictures_are_folded(proof, picture, tmp_path):
+    said = dict(notes=["a caution"], log=["EViT left out"], facts={"images": "3 to calibrate"})
+    write_report(proof, tmp_path / "r.html", title="t", recipe=["ToMe(r=8)"], pictures=[picture] * 8, **said)
+    text = (tmp_path / "r.html").read_text("utf-8")
+    assert text.index("a caution") < text.index("All figures") < text.index("EViT left out")
+    assert text.count("5 more pictures") == 2 and "3 to calibrate" in Seen(text).text
 
 
 def test_overlay_brightens_where_the_attention_is():

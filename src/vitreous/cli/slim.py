@@ -62,6 +62,6 @@ def slim(
         job = Job(aside, source.data, source.seed, opening.threads, goal, source.limit, progress, resume)
         proof = job.run(net, chosen, calibrate, source.download)
     console.print(proof, width=max(console.width, 110))
-    for line in job.notes:
+    for line in (*job.notes, *job.log):
         console.print(line, highlight=False)
     console.print(f"written to {target}: " + ", ".join(sorted(p.name for p in target.iterdir())), highlight=False)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..macs import CountMacs, Uncounted
+from ..steps import history_of
 from .subject import Model, caller
 
 
@@ -51,6 +52,12 @@ def cost(name: str, model: Model, images: Tensor) -> Cost:
         memory=sum(weights.values()) + images.nbytes + activation_peak(model, images, name),
         uncounted=uncounted,
     )
+
+
+def coverage(model: Model) -> str | None:
+    """How much of the multiplications is in few bits and what was left, as the steps that made `model` found; or None."""
+    told = [plan["covers"] for _, plan in history_of(model).done if plan.get("covers")] if isinstance(model, nn.Module) else []
+    return "; ".join(told) or None
 
 
 def macs(model: nn.Module, x: Tensor, name: str = "model") -> int:

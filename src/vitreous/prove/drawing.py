@@ -13,6 +13,9 @@ from plotly.colors import sample_colorscale, sequential, unlabel_rgb
 SIDE = 224
 """Pixels of the longer side of every drawn picture, about: tiny ones grow by a whole factor."""
 
+DARK = 0.25  # brightness of a dropped patch
+BORDER = (92, 195, 204)  # between what is kept and what is dropped
+
 COLOURS = np.array(
     [unlabel_rgb(c) for c in sample_colorscale(sequential.Inferno, np.linspace(0, 1, 256).tolist(), colortype="rgb")]
 )  # [256, 3], 0 to 255
@@ -43,26 +46,27 @@ def overlay(image: Image.Image, shares: np.ndarray, scale: tuple[float, float]) 
 
 
 def survival(image: Image.Image, groups: np.ndarray) -> Image.Image:
-    """The tokens that are left of `image`, as RGBA.
+    """The tokens that are left of `image`, as RGB.
 
-    `groups` `[h, w]` holds -1 where the patch was dropped or fused away: it fades. Patches with the same number ≥ 0 are
-    one token: they take their mean colour and share the colour of their outline.
+    `groups` `[h, w]` holds -1 where the patch was dropped or fused away: it is grey and dark, darker than any that is left, and
+    a line marks the border, which shows even in black pictures. Patches with the same number ≥ 0 are one token: they take
+    their mean colour and share the colour of their outline.
     """
     base = np.asarray(enlarge(image), float)
     height, width = base.shape[:2]
     row = np.arange(height) * groups.shape[0] // height
     column = np.arange(width) * groups.shape[1] // width
     ids = groups[row][:, column]
-    drawn = np.concatenate([base, np.full((height, width, 1), 255.0)], 2)
+    drawn = base.copy()
     dropped = ids < 0
-    drawn[dropped, :3] = base[dropped].mean(1, keepdims=True)
-    drawn[dropped, 3] = 45
+    drawn[dropped] = DARK * base[dropped].mean(1, keepdims=True)
     numbers, counts = np.unique(groups[groups >= 0], return_counts=True)
     for i, group in enumerate(numbers[counts > 1]):
         inside = ids == group
-        drawn[inside, :3] = 0.3 * drawn[inside, :3] + 0.7 * base[inside].mean(0)
+        drawn[inside] = 0.3 * drawn[inside] + 0.7 * base[inside].mean(0)
         hue = i * 0.618034 % 1  # golden ratio: neighbours in number get hues far apart
-        drawn[inside & ~_shrunk(_shrunk(inside)), :3] = np.array(colorsys.hsv_to_rgb(hue, 0.75, 1.0)) * 255
+        drawn[inside & ~_shrunk(_shrunk(inside))] = np.array(colorsys.hsv_to_rgb(hue, 0.75, 1.0)) * 255
+    drawn[~dropped & ~_shrunk(~dropped, outside=True)] = BORDER
     return Image.fromarray(drawn.astype(np.uint8))
 
 
@@ -83,7 +87,7 @@ def data_uri(image: Image.Image, level: int = 9) -> str:
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def _shrunk(mask: np.ndarray) -> np.ndarray:
-    """`mask` `[H, W]` less its outermost pixel."""
-    padded = np.pad(mask, 1)
+def _shrunk(mask: np.ndarray, outside: bool = False) -> np.ndarray:
+    """`mask` `[H, W]` less its outermost pixel; `outside`: whether it goes on beyond the edge."""
+    padded = np.pad(mask, 1, constant_values=outside)
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:] & mask

@@ -16,7 +16,7 @@ from ..errors import VitreousError
 from .answers import Answers, compare
 from .batches import batches as in_batches
 from .batches import count
-from .cost import Cost, cost
+from .cost import Cost, cost, coverage
 from .drift import Drift, Explain, drifts
 from .latency import Latency, latencies
 from .machine import describe
@@ -50,6 +50,8 @@ class Measured:
     drift: Drift | None = None
     drift_missing: str | None = None
     """Why there is no drift; None for the reference."""
+    coverage: str | None = None
+    """How much of the multiplications is in few bits, and which layers were left and why; None for models of floats."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def prove(
                 latency=times.get(name, []),
                 drift=moved if isinstance(moved, Drift) else None,
                 drift_missing=moved if isinstance(moved, str) else None,
+                coverage=coverage(model),
             )
         )
     return Proof(

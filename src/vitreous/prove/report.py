@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +26,8 @@ from .verdict import drifted, verdict
 
 CLASSES_SHOWN = 20
 CHANGED_LISTED = 200
+PICTURED = 12  # images whose prediction changed
+STORIES = 3  # pictures shown of attention and of tokens; the others are folded away
 
 
 @dataclass
@@ -55,11 +57,14 @@ def write_report(
     recipe: Sequence[str] = (),
     pictures: Sequence[Picture] = (),
     notes: Sequence[str] = (),
+    log: Sequence[str] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Write the report of `proof` to `path`, whole or not at all.
 
-    `recipe` holds a line for each step, `notes` what else the reader should know. A picture goes into every section
-    that it has something for. Raises `VitreousError` when `path` cannot be written.
+    `recipe` holds a line for each step, `notes` what the reader must know to understand the figures, `log` how the recipe was
+    found, `facts` by name what else the measurement depends on. A picture goes into every section that it has something for.
+    Raises `VitreousError` when `path` cannot be written.
     """
     said = verdict(proof)
     charts = [_latency_chart(proof, b, said.model) for b in proof.batches] if any(m.latency for m in proof.models) else []
@@ -77,16 +82,23 @@ def write_report(
         plotly=Markup(get_plotlyjs()) if charts else "",
         damage=_first(said.model, [_damage(m) for m in proof.models[1:] if m.answers.classes]),
         moves=_first(said.model, [_moves(m) for m in proof.models[1:] if m.answers.agreement]),
-        changed=[_changed(p) for p in sorted(pictures, key=_harm) if _is_changed(p)],
+        changed=[_changed(p) for p in sorted(pictures, key=_harm) if _is_changed(p)][:PICTURED],
         attention=[_attention(p) for p in pictures if p.attention_before is not None and p.attention_after is not None],
         drift_missing=[m for m in proof.models if m.drift_missing],
         survival=[_survival(p) for p in pictures if p.survival],
         colour_bar=data_uri(colour_bar()),
         recipe=recipe,
-        notes=[note for note in (proof.note, *notes) if note],
+        notes=[note for note in (proof.note, *notes, *_uncounted(proof)) if note],
+        log=log,
+        facts=facts or {},
+        shown=STORIES,
         nonce=secrets.token_urlsafe(16),
     )
     write_whole(path, text)
+
+
+def _uncounted(proof: Proof) -> list[str]:
+    return [f"MACs of {m.name}: {m.cost.uncounted}" for m in proof.models if m.cost.uncounted]
 
 
 def _tiles(proof: Proof, m: Measured) -> list[dict[str, str]]:
@@ -106,7 +118,13 @@ def _tiles(proof: Proof, m: Measured) -> list[dict[str, str]]:
         tiles.append({"value": signed(d.value), "around": f"{signed(d.low)} to {signed(d.high)}", "what": "points of accuracy"})
     elif a.features:
         f = a.features
-        tiles.append({"value": f"{f.mean * 100:.1f} %", "around": f"{f.worst * 100:.1f} % at worst", "what": "feature error"})
+        tiles.append(
+            {"value": f"{f.mean * 100:.1f} %", "around": f"{f.worst * 100:.1f} % at worst", "what": "error of the output"}
+        )
+        if f.neighbours:
+            n = f.neighbours
+            around = f"{n.low * 100:.1f} to {n.high * 100:.1f}"
+            tiles.append({"value": f"{n.value * 100:.1f} %", "around": around, "what": "nearest neighbours kept"})
     if a.agreement:
         s = a.agreement
         tiles.append(

@@ -14,6 +14,7 @@ from rich.text import Text
 from .statistics import Interval
 
 if TYPE_CHECKING:
+    from .distances import FeatureError
     from .proof import Measured, Proof
 
 MISSING = "–"
@@ -42,14 +43,18 @@ def rows(proof: Proof) -> list[Row]:
         _row("accuracy", "share of images answered rightly", models, lambda m: _percent(m.answers.accuracy)),
         _row("Δ accuracy", "points against the reference, same images", models, lambda m: _points(m.answers.difference)),
         _row("agreement", "same answer as the reference", models, lambda m: _percent(m.answers.agreement)),
-        _row("feature error", "relative L2 distance from the reference, mean, and the worst image", models, _features),
+        _row("output error", "relative L2 distance from the reference, mean, and the worst image", models, _features),
+        _row("neighbours kept", "images whose nearest other image stays the nearest", models, _neighbours),
     ]
+    for name in dict.fromkeys(name for m in models for name in m.answers.outputs):
+        found.append(_row(f"error of {name}", "mean, and the worst image", models, partial(_output, name)))
     for batch in proof.batches:
         found.append(_row(f"ms / image, b{batch}", f"median at batch {batch}, and quartiles", models, partial(_ms, batch)))
         found.append(_row(f"speed, b{batch}", "times the reference, median of paired rounds", models, partial(_speed, batch)))
     found += [
         _row("parameters", "", models, lambda m: _count(m.cost.parameters)),
         _row("MACs", "multiply-accumulates an image, counted as it ran", models, lambda m: _count(m.cost.macs)),
+        _row("in few bits", "share of the multiplications, and how narrow", models, _covered),
         _row("size", "bytes of all weights, or of the shipped file", models, lambda m: _bytes(m.cost.bytes)),
         _row("memory", f"weights and live tensors at batch {max(proof.batches)}", models, lambda m: _bytes(m.cost.memory)),
         _row("drift", "share of the attention that moved elsewhere", models, _drift),
@@ -120,8 +125,24 @@ def _points(difference: Interval | None) -> Cell:
 
 
 def _features(m: Measured) -> Cell:
-    f = m.answers.features
+    return _error(m.answers.features)
+
+
+def _error(f: FeatureError | None) -> Cell:
     return Cell(MISSING) if f is None else Cell(f"{f.mean:.2%}".replace("%", " %"), f"worst {f.worst:.2%}".replace("%", " %"))
+
+
+def _neighbours(m: Measured) -> Cell:
+    return _percent(m.answers.features.neighbours if m.answers.features else None)
+
+
+def _output(name: str, m: Measured) -> Cell:
+    return _error(m.answers.outputs.get(name))
+
+
+def _covered(m: Measured) -> Cell:
+    share, _, left = (m.coverage or "").partition(" of the multiplications")
+    return Cell(share, "" if "nothing left" in left else "some left") if left else Cell(MISSING)
 
 
 def _ms(batch: int, m: Measured) -> Cell:

@@ -103,8 +103,14 @@ def _accuracy(m: Measured, images: int, long: list[str]) -> list[str]:
         return [f"accuracy {signed(d.value)} {points}"]
     if a.features is not None and a.agreement is None:
         error = f"{a.features.mean * 100:.1f} %"
-        long.append(f"Its features differ by {error} on average and by {a.features.worst * 100:.1f} % at worst.")
-        return [f"features {error} away"]
+        long.append(f"Its outputs differ by {error} on average and by {a.features.worst * 100:.1f} % at worst.")
+        if n := a.features.neighbours:
+            long.append(
+                f"For {n.value * 100:.1f} % of the images ({n.low * 100:.1f} to {n.high * 100:.1f}) the nearest of the others "
+                "stays the nearest."
+            )
+            return [f"nearest neighbour kept for {n.value * 100:.1f} %"]
+        return [f"outputs {error} away"]
     if a.agreement is not None:
         s = a.agreement
         long.append(

@@ -41,7 +41,8 @@ class Job:
     ) -> None:
         self.folder, self.source, self.seed, self.threads, self.resume = folder, data, seed, threads, resume
         self.goal, self.limit, self.progress = goal, limit, progress
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # what one must know to understand the figures
+        self.log: list[str] = []  # what was tried, and how it went
 
     def run(self, net: nn.Module, recipe: Recipe | None, calibrate: int | None = None, download: bool = False) -> Proof:
         """Do the whole job; everything it writes lies in the folder when it returns.
@@ -62,7 +63,7 @@ class Job:
             progress=lambda done, total: self.progress("looking through the data", done / max(total, 1)),
         )
         data = images.prove
-        self.notes += [*store.about(net), str(images)]
+        self.log += [*store.about(net), str(images)]
         if data.skipped:
             self.notes.append(f"{len(data.skipped)} files skipped, named in the report and in proof.json")
         before = history_of(net).steps()
@@ -71,19 +72,19 @@ class Job:
             assert images.choose is not None
             self.progress("running the original", 0.0)
             judge = Judge(net, images.choose)
-            chooser = Chooser(net, judge, images.calibrate, self.goal, self.progress, self.notes)
+            chooser = Chooser(net, judge, images.calibrate, self.goal, self.progress, self.log)
             options = chooser.options()
         else:
             options = {"the recipe": slim(net, recipe, images.calibrate, self.progress, self.resume)}
         tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
-        trials, shipments = exported(options, self.folder, tried, self.threads, self.progress, self.notes)
+        trials, shipments = exported(options, self.folder, tried, self.threads, self.progress, self.log)
         timed(trials, net, tried, self.goal, self.progress)
         for i, trial in enumerate(trials if judge else ()):
             self.progress("what the shipped files lose", i / len(trials))
             trial.lost = judge.loss(trial.runtime) if judge else None
         chosen = best(trials, self.goal, self.notes)
         self._too_few(images.choose, chosen.lost.criterion.unit if chosen.lost else "")
-        small, runtime = options[chosen.option], kept(chosen, trials, shipments, self.folder, self.notes)
+        small, runtime = options[chosen.option], kept(chosen, trials, shipments, self.folder, self.log)
         self.progress("writing files", 0.0)
         store.save_model(small, self.folder / "model.safetensors")
         proof = self._proof(net, small, runtime, data)
@@ -92,7 +93,11 @@ class Job:
         base = history_of(net).base
         title = f"{base['name'] if base else type(net).__name__} on {data.name}"
         pictures = self._pictures(proof, net, small, data)
-        write_report(proof, self.folder / "report.html", title=title, recipe=done, pictures=pictures, notes=self.notes)
+        covered = {m.coverage for m in proof.models if m.coverage}
+        facts = {"images": str(images).partition(": ")[2], "preparation": "; ".join(store.about(net))}
+        facts |= {"in few bits": " ".join(covered)} if covered else {}
+        said: dict[str, Any] = dict(recipe=done, pictures=pictures, notes=self.notes, log=self.log, facts=facts)
+        write_report(proof, self.folder / "report.html", title=title, **said)
         return proof
 
     def _proof(self, net: nn.Module, small: nn.Module, runtime: Runtime, data: Data) -> Proof:
