@@ -64,7 +64,8 @@ def small_vit(depth: int = 4, seed: int = 0, **kwargs: Any) -> nn.Module:
     """A plain ViT of 0.1 M parameters over 4 × 4 patches, with weights large enough that layers matter."""
     torch.manual_seed(seed)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3, num_classes=7, **kwargs
+        "vit_tiny_patch16_224",
+        **{**dict(img_size=32, patch_size=8, embed_dim=48, depth=depth, num_heads=3, num_classes=7), **kwargs},
     )
     for p in model.parameters():
         if p.ndim > 1:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vitreous import anatomy
 from vitreous.anatomy import Block as FoundBlock
-from vitreous.anatomy import mix, plain_forward, read
+from vitreous.anatomy import read
 from vitreous.errors import VitreousError
+from vitreous.parts import mix, plain_forward
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
@@ -43,8 +44,6 @@ PLAIN: dict[str, tuple[str, dict[str, Any], tuple[int, int], int, bool, str]] = 
 }
 # family: (name, arguments, grid, prefix tokens, blocks, why not plain)
 OTHERS: dict[str, tuple[str, dict[str, Any], tuple[int, int] | None, int, int, str]] = {
-    "beit": ("beit_base_patch16_224", TINY, (4, 4), 1, 2, "bias for each pair of places"),
-    "eva02": ("eva02_tiny_patch14_224", {**TINY, "img_size": 28, "patch_size": 14}, (2, 2), 1, 2, "rotates"),
     "cait": ("cait_xxs24_224", TINY, (4, 4), 0, 4, "TalkingHeadAttn computes something else"),
     "swin": (
         "swin_tiny_patch4_window7_224",
@@ -68,7 +67,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], tuple[int, int] | None, int, int, s
         None,
         0,
         4,
-        "does not make queries, keys and values by one 'qkv'",
+        "does not run on a plain sequence",
     ),
     "maxvit": ("maxvit_rmlp_pico_rw_256", dict(img_size=64), None, 0, 22, "bias for each pair of places"),
     "mobilevit": ("mobilevit_xxs", {}, None, 0, 9, "grid of tokens changes between its stages"),
@@ -130,7 +129,7 @@ def test_torchvision() -> None:
     found = read(model)
     assert (found.grid, found.prefix, found.class_token, found.width) == ((4, 4), 1, True, 32)
     assert [b.attention.heads for b in found.blocks] == [2, 2] and found.blocks[0].attention.projections == ("in_proj_weight",)
-    assert not found.plain and found.classifier == "heads.head"
+    assert found.plain and found.classifier == "heads.head"
 
 
 def test_hugging_face() -> None:
@@ -286,9 +285,9 @@ class TestReadOnce:
         tried: list[str] = []
         real = anatomy._why_not_plain
 
-        def count(block: nn.Module, part: anatomy.AttentionPart) -> str:
+        def count(block: nn.Module, part: anatomy.AttentionPart, module: nn.Module) -> tuple[str, bool]:
             tried.append(part.name)
-            return real(block, part)
+            return real(block, part, module)
 
         monkeypatch.setattr(anatomy, "_why_not_plain", count)
         return tried

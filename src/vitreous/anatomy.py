@@ -1,22 +1,24 @@
 """Read a model once: patch grid, prefix tokens, stages, blocks, and what each block is made of.
 
 Nothing here runs the whole model or changes it. Whether a block is *plain* (pre-norm attention, then pre-norm MLP,
-each with a residual) is not looked up in a list of classes but tried: the block runs on four random tokens and must
-give what its parts give when they are put together by that rule.
+each with a residual) is not looked up in a list of classes but tried: see `parts`. A vision transformer inside a wrapper is
+found, and what cannot be found can be told: `read(model, grid=…, prefix=…, classifier=…)`.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import VitreousError
+from .parts import FEWER, parts
+from .roles import NotPlain
+from .whole import Whole, told
 
 ATTENTION_CLASS = re.compile(r"atte?n|mhsa|gpsa|xca$", re.IGNORECASE)
 RELATIVE = re.compile("bias_table|rel_pos|attention_biases|cpb")  # parameters of a bias for pairs of places
@@ -47,6 +49,7 @@ class Block:
     norms: tuple[str, ...]
     mlp: str | None
     layer_scale: bool
+    own_names: bool  # whether its parts are called norm1, attn, norm2 and mlp already
     plain: bool
     why_not: str  # empty when plain
 
@@ -106,6 +109,15 @@ class Anatomy:
                     f"{block.why_not}. Use a step that does not shorten or rearrange the tokens inside blocks"
                 )
 
+    def require_grid(self, step: str) -> tuple[int, int]:
+        """The patch rows and columns; a `VitreousError` where none are known."""
+        if self.grid is None:
+            raise VitreousError(
+                f"{step} works on a grid of patches, and {self.kind} tells of none: tell it by vitreous.read(model, grid=(rows, "
+                "columns), prefix=…)"
+            )
+        return self.grid
+
     def __str__(self) -> str:
         lines = [
             f"{self.kind}: grid {self.grid}, {self.prefix} prefix tokens, width {self.width}, pool {self.pool}, "
@@ -121,12 +133,29 @@ class Anatomy:
 _READ: WeakKeyDictionary[nn.Module, tuple[list[Any], Anatomy]] = WeakKeyDictionary()  # what it was read from, and the result
 
 
-def read(model: nn.Module) -> Anatomy:
+def read(
+    model: nn.Module,
+    *,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
+    classifier: str | None = None,
+) -> Anatomy:
     """The anatomy of `model`; never fails on a model it does not know, but says less of it.
+
+    grid, prefix, classifier: what cannot be found, or is found wrongly, can be told once: the patch rows and columns, the number
+        of tokens before the patches, the dotted name of the layer that gives the classes ("" for none). The model keeps it,
+        and so do its copies.
+
+    Raises `VitreousError` for what is told when the model has no such layer.
 
     Trying blocks costs most of a forward pass, so a model is read again only when a module, a parameter or a plain attribute
     of one of its modules is another than the last time.
     """
+    if grid is not None or prefix is not None or classifier is not None:
+        if classifier and classifier not in dict(model.named_modules()):
+            raise VitreousError(f"{type(model).__name__} has no layer '{classifier}' to be its classifier")
+        tell = {"grid": grid and tuple(grid), "prefix": prefix, "classifier": classifier}
+        cast(Any, model)._vitreous_told = told(model) | {k: v for k, v in tell.items() if v is not None}
     state = _state(model)
     known = _READ.get(model)
     if known is None or known[0] != state:
@@ -136,7 +165,7 @@ def read(model: nn.Module) -> Anatomy:
 
 def _state(model: nn.Module) -> list[Any]:
     """All that `_read` depends on, to compare with what it was; keeps nothing of the model alive."""
-    state: list[Any] = []
+    state: list[Any] = [dict(told(model))]
     for name, module in model.named_modules():
         held = {k: id(v) if callable(v) else v for k, v in vars(module).items() if k != "training" and _plain_value(v)}
         state.append((name, ref(module), held))
@@ -152,31 +181,41 @@ def _plain_value(value: Any) -> bool:
 
 def _read(model: nn.Module) -> Anatomy:
     modules = dict(model.named_modules())
-    names = attention_names(model)
     blocks, others = [], []
-    for name in names:
+    for name in attention_names(model):
         holder = holding_block(name, modules)
-        part = _attention(name, modules[name], model)
-        if holder:
-            blocks.append(_block(holder, modules[holder], part))
-        else:
+        rotary = any(getattr(modules[above], "rope", None) is not None for above in _above(name))
+        shared = any(isinstance(getattr(modules[above], "rel_pos_bias", None), nn.Module) for above in _above(name))
+        part = _attention(name, modules[name], rotary, shared)
+        found = _block(holder, modules[holder], part, modules[name]) if holder else None
+        if found is None or found.why_not == FEWER:  # attention pooling, with an MLP behind it
             others.append(part)
-    grid, prefix, class_token = _tokens(model)
-    stages = _stages(model, blocks)
-    if len({s.reduction for s in stages if s.blocks}) > 1:
+        else:
+            blocks.append(found)
+    whole = Whole(model, [b.name for b in blocks], [p.name for p in others])
+    stages = _stages(whole.vit, whole.vit_name, blocks)
+    several = len({s.reduction for s in stages if s.blocks}) > 1
+    grid, prefix, class_token = whole.tokens(one_grid=bool(blocks) and not several)
+    if several:
         blocks = [replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages") for b in blocks]
     return Anatomy(
         kind=type(model).__name__,
         grid=grid,
         prefix=prefix,
         class_token=class_token,
-        pool=_pool(model),
-        width=next((w for a in ("embed_dim", "hidden_dim", "num_features") if (w := getattr(model, a, None))), None),
+        pool=whole.pool(),
+        width=whole.width(),
         blocks=tuple(blocks),
         other_attention=tuple(others),
         stages=stages,
-        classifier=_classifier(model, modules),
+        classifier=whole.classifier(),
     )
+
+
+def _above(name: str) -> list[str]:
+    """The dotted names of all that holds a module, the outermost first."""
+    parts_of = name.split(".")
+    return [".".join(parts_of[:i]) for i in range(len(parts_of))]
 
 
 def attention_names(model: nn.Module) -> list[str]:
@@ -189,13 +228,35 @@ NORMS = ("norm1", "norm2", "ln_1", "ln_2", "layernorm_before", "layernorm_after"
 
 
 def holding_block(attention_name: str, modules: dict[str, nn.Module]) -> str:
-    """The dotted name of the residual block around an attention module (its nearest ancestor with a norm), or ""."""
-    parts = attention_name.split(".")
-    for i in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:i])
+    """The dotted name of the residual block around an attention module, or "".
+
+    It is the nearest module around it that has a norm by a known name; else, one that holds no other attention, the nearest with
+    a norm and with other weights beside the attention. Attention and MLP may also lie side by side in a list.
+    """
+    above = [n for n in reversed(_above(attention_name)) if n]
+    for name in above:
+        module = modules[name]
+        if isinstance(module, nn.ModuleList) and len(module) == 2 and _alone(attention_name, name, modules):
+            return name
+        if _children(module, NORMS):
+            break
+    for name in above:
         if _children(modules[name], NORMS):
             return name
+    inside = set(modules[attention_name].modules())
+    for name in above:
+        beside = [m for m in modules[name].modules() if m not in inside]
+        normed = any("norm" in type(m).__name__.lower() and not hasattr(m, "running_mean") for m in modules[name].modules())
+        weighs = any(p.ndim == 2 for m in beside for p in m.parameters(recurse=False))
+        if normed and weighs:
+            return name if _alone(attention_name, name, modules) else ""
     return ""
+
+
+def _alone(attention_name: str, name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether `name` holds no other attention than that."""
+    others = (n for n, m in modules.items() if n.startswith(name + ".") and _is_attention(m))
+    return all(n.startswith(attention_name) or attention_name.startswith(n + ".") for n in others)
 
 
 def _is_attention(m: nn.Module) -> bool:
@@ -212,7 +273,7 @@ def _children(m: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(n for n in names if isinstance(getattr(m, n, None), (nn.Module, nn.Parameter)))
 
 
-def _attention(name: str, m: nn.Module, model: nn.Module) -> AttentionPart:
+def _attention(name: str, m: nn.Module, rotary: bool, shared: bool) -> AttentionPart:
     made_by = (
         ("qkv",),
         ("q_proj", "k_proj", "v_proj"),
@@ -223,20 +284,23 @@ def _attention(name: str, m: nn.Module, model: nn.Module) -> AttentionPart:
         ("to_qkv",),
     )
     projections = next((p for p in made_by if len(_children(m, p)) == len(p)), ())
-    heads = next((int(h) for a in ("num_heads", "num_attention_heads", "n_heads") if (h := getattr(m, a, None))), None)
+    heads = next(
+        (int(h) for a in ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head") if (h := getattr(m, a, None))), None
+    )
     named = (getattr(m, a, None) for a in ("head_dim", "dim_head", "attention_head_size", "key_dim"))
     head_dim = next((d for d in named if isinstance(d, int)), None)
+    heads = heads if heads is None or heads > 0 else None
     if head_dim is None and heads and projections:
         weight = getattr(m, projections[0])
         weight = weight if isinstance(weight, Tensor) else getattr(weight, "weight", None)
         if isinstance(weight, Tensor):
             head_dim = weight.shape[0] // (3 if projections[0] in ("qkv", "in_proj_weight", "to_qkv") else 1) // heads
-    scale = getattr(m, "scale", None)
+    scale = getattr(m, "scale", getattr(m, "scaling", None))
     if not isinstance(scale, float):
         scale = head_dim**-0.5 if head_dim else None
     relative = any(RELATIVE.search(n) for n, _ in m.named_parameters())
-    shared = isinstance(getattr(model, "rel_pos_bias", None), nn.Module)
-    rotary = getattr(model, "rope", None) is not None
+    known = m.__dict__.get("position")
+    rotary = rotary or getattr(known, "kind", "") == "rotary"
     return AttentionPart(
         name=name,
         kind=type(m).__name__,
@@ -249,134 +313,41 @@ def _attention(name: str, m: nn.Module, model: nn.Module) -> AttentionPart:
     )
 
 
-def _block(name: str, m: nn.Module, attention: AttentionPart) -> Block:
-    why_not = _why_not_plain(m, attention)
+def _block(name: str, m: nn.Module, attention: AttentionPart, module: nn.Module) -> Block:
+    why_not, own = "", True
+    if not hasattr(m, "reducers"):  # our own block is plain by construction, and trying it would run its reducers
+        why_not, own = _why_not_plain(m, attention, module)
+    scales = _children(m, ("gamma_1",)) or any("layerscale" in type(c).__name__.lower() for c in m.children())
     return Block(
         name=name,
         kind=type(m).__name__,
-        attention=attention,
+        attention=attention if attention.position != "absolute" or why_not else _positioned(attention, m),
         norms=_children(m, NORMS),
         mlp=next(iter(_children(m, ("mlp", "ffn", "feed_forward"))), None),
-        layer_scale=bool(_children(m, ("gamma_1",))) or type(getattr(m, "ls1", None)).__name__.startswith("LayerScale"),
+        layer_scale=bool(scales),
+        own_names=own,
         plain=not why_not,
         why_not=why_not,
     )
 
 
-def _why_not_plain(block: nn.Module, attention: AttentionPart) -> str:
-    if hasattr(block, "reducers"):  # our own block: plain by construction, and trying it would run its reducers
-        return ""
-    missing = [n for n in ("norm1", "attn", "norm2", "mlp") if not isinstance(getattr(block, n, None), nn.Module)]
-    if missing:
-        return f"it has no {' and no '.join(missing)}"
-    if attention.position == "rotary":
-        return "its attention rotates queries and keys by their place in the whole grid"
-    if attention.position == "relative":
-        return "its attention adds a bias for each pair of places in a fixed grid or window"
-    if attention.projections not in (("qkv",), ("q_proj", "k_proj", "v_proj")) or attention.proj is None:
-        return f"its {attention.kind} does not make queries, keys and values by one 'qkv' (or 'q_proj' …) and a 'proj'"
-    if attention.heads is None or not isinstance(getattr(block.attn, "scale", None), float):
-        return f"its {attention.kind} does not tell its number of heads, or scales q·kᵀ by more than one number"
-    norm = next(iter(block.norm1.parameters()), None) if isinstance(block.norm1, nn.Module) else None
-    width = cast(Any, norm).shape[0] if norm is not None else getattr(block.attn, attention.projections[0]).in_features
-    reference = next(block.parameters())
-    # Small tokens, so that what a block adds is not lost in their rounding however small its layer scale.
-    x = 1e-3 * torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)).to(reference)
-    training = [m for m in block.modules() if m.training]
-    block.eval()
+def _positioned(attention: AttentionPart, block: nn.Module) -> AttentionPart:
+    rotary = "position_embeddings" in inspect.signature(block.forward).parameters  # Hugging Face hands angles to each block
+    return replace(attention, position="rotary") if rotary else attention
+
+
+def _why_not_plain(block: nn.Module, attention: AttentionPart, module: nn.Module) -> tuple[str, bool]:
+    """The reason, or "", and whether the parts of a plain block have the names that they have here."""
     try:
-        with torch.no_grad():
-            h = cast(nn.Module, block.norm1)(x)
-            attn = cast(nn.Module, block.attn)
-            pairs = [(mix(attn, h), attn(h), h), (plain_forward(block, x), block(x), x)]
-    except Exception as error:  # a stranger's block may fail in any way on a plain sequence; that is the answer
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-        return f"it does not run on a plain sequence of tokens ({reason})"
-    finally:
-        for m in training:
-            m.training = True
-    exact = reference.dtype == torch.float32
-    for i, (ours, theirs, given) in enumerate(pairs):
-        if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-            return "it does not return one sequence of tokens"
-        added = (theirs - given * i).abs().max()
-        tolerance = (1e-4 if exact else 1e-1) * added + (3e-7 if exact else 2e-2) * given.abs().max() * i
-        if not bool((ours - theirs).abs().max() <= tolerance + 1e-12):
-            what = "attention then MLP, each pre-norm with a residual" if i else "softmax(q·kᵀ)·v and a projection"
-            return f"{'it' if i else 'its ' + attention.kind} computes something else than {what}"
-    return ""
+        found, _ = parts(block, module)
+    except NotPlain as reason:
+        if attention.position == "relative" and "plain sequence" in str(reason):
+            return "its attention adds a bias for each pair of places in a fixed grid or window", False
+        return str(reason), False
+    return "", found is block
 
 
-def project(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[B, heads, N, head_dim]` of a plain attention module for its input `[B, N, C]`."""
-    a = cast(Any, attn)
-    if getattr(a, "qkv", None) is not None:
-        bias = torch.cat((a.q_bias, a.k_bias, a.v_bias)) if getattr(a, "q_bias", None) is not None else None
-        made = a.qkv(x) if bias is None else a.qkv(x) + bias
-        q, k, v = made.unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        q, k, v = (p(x).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-    return getattr(a, "q_norm", nn.Identity())(q), getattr(a, "k_norm", nn.Identity())(k), v
-
-
-def emit(attn: nn.Module, mixed: Tensor, x: Tensor) -> Tensor:
-    """The output `[B, N, C]` of a plain attention module from its heads' results `[B, heads, N, head_dim]`."""
-    a = cast(Any, attn)
-    y = mixed.transpose(1, 2).flatten(2)
-    y = getattr(a, "norm", nn.Identity())(y)
-    if getattr(a, "gate", None) is not None:
-        y = y * a.gate(x).sigmoid()
-    return getattr(a, "proj_drop", nn.Identity())(a.proj(y))
-
-
-def mix(attn: nn.Module, h: Tensor) -> Tensor:
-    """What a plain attention module computes for its input `[B, N, C]`."""
-    q, k, v = project(attn, h)
-    return emit(attn, F.scaled_dot_product_attention(q, k, v, scale=cast(Any, attn).scale), h)
-
-
-def branch(block: nn.Module, number: int, y: Tensor) -> Tensor:
-    """Layer scale and stochastic depth of a block's first or second residual branch."""
-    gamma = getattr(block, f"gamma_{number}", None)
-    y = getattr(block, f"ls{number}", nn.Identity())(y)
-    y = y if gamma is None else y * gamma
-    return getattr(block, f"drop_path{number}", nn.Identity())(y)
-
-
-def plain_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """What a plain block computes, from its own parts: the definition of *plain*."""
-    b = cast(Any, block)
-    x = x + branch(b, 1, mix(b.attn, b.norm1(x)))
-    return x + branch(b, 2, b.mlp(b.norm2(x)))
-
-
-PREFIX = ("cls_token", "distillation_token", "register_tokens")  # what Hugging Face calls them
-
-
-def _tokens(model: nn.Module) -> tuple[tuple[int, int] | None, int, bool]:
-    m = cast(Any, model)
-    config: Any = getattr(m, "config", None)
-    if hasattr(config, "patch_size") and hasattr(config, "image_size"):  # Hugging Face
-        (h, w), (p, r) = (s if isinstance(s, (tuple, list)) else (s, s) for s in (config.image_size, config.patch_size))
-        added = {n.rsplit(".")[-1]: t.shape[1] for n, t in m.named_parameters() if n.endswith(PREFIX)}
-        return (h // p, w // r), sum(added.values()), "cls_token" in added
-    if hasattr(m, "image_size") and hasattr(m, "patch_size") and hasattr(m, "class_token"):  # torchvision
-        side = m.image_size // m.patch_size
-        return (side, side), 1, True
-    grid = getattr(getattr(m, "patch_embed", None), "grid_size", None)
-    class_token = any(getattr(part, "cls_token", None) is not None for part in (m, getattr(m, "embeds", None)))
-    prefix = int(getattr(m, "num_prefix_tokens", class_token and grid is not None))
-    if hasattr(m, "blocks_token_only"):  # CaiT: the class token joins after the patch blocks
-        prefix = 0
-    return (int(grid[0]), int(grid[1])) if grid is not None else None, prefix, class_token
-
-
-def _pool(model: nn.Module) -> str | None:
-    pool = getattr(model, "global_pool", None)
-    return pool if isinstance(pool, str) else None
-
-
-def _stages(model: nn.Module, blocks: list[Block]) -> tuple[Stage, ...]:
+def _stages(model: nn.Module, above: str, blocks: list[Block]) -> tuple[Stage, ...]:
     info = getattr(model, "feature_info", None)
     if not isinstance(info, list):
         return ()
@@ -384,15 +355,7 @@ def _stages(model: nn.Module, blocks: list[Block]) -> tuple[Stage, ...]:
     for entry in info:
         if not isinstance(entry, dict) or entry.get("module") not in names:
             continue
-        inside = tuple(b.name for b in blocks if b.name == entry["module"] or b.name.startswith(entry["module"] + "."))
-        stages.append(Stage(entry["module"], int(entry["num_chs"]), int(entry["reduction"]), inside))
+        name = f"{above}.{entry['module']}" if above else entry["module"]
+        inside = tuple(b.name for b in blocks if b.name == name or b.name.startswith(name + "."))
+        stages.append(Stage(name, int(entry["num_chs"]), int(entry["reduction"]), inside))
     return tuple(stages)
-
-
-def _classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    get = getattr(model, "get_classifier", None)
-    head = get() if callable(get) else None
-    if isinstance(head, nn.Linear):
-        return next((n for n, m in modules.items() if m is head), None)
-    named = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
-    return next((n for n in reversed(named) if n.split(".")[0] in ("head", "heads", "fc", "classifier")), None)

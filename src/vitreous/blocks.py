@@ -6,10 +6,11 @@ State-dict names do not change, so weights move freely between a model and its s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, NamedTuple, cast
 
@@ -18,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .anatomy import branch, emit, project, read
+from .anatomy import read
+from .chains import Chain, chain
 from .compiled import as_written
 from .errors import VitreousError
+from .parts import branch, emit, parts, project
+from .positions import Position, Turn, turned
 
 
 @dataclass
@@ -53,11 +57,16 @@ class Tokens(NamedTuple):
 
     x: Tensor  # [B, N, C]
     size: Tensor | None = None  # [B, N, 1]: how many patches each token stands for, once a reducer has merged some
+    place: Tensor | None = None  # [B, N]: where in the sequence that entered the first block it stands, where attention asks
 
     @classmethod
     def of(cls, given: Tensor | tuple[Any, ...]) -> Tokens:
         """What enters a block, or what a hook was shown of one: a tensor, or a tuple that began as `Tokens`."""
         return cls(given) if isinstance(given, Tensor) else cls(*given)
+
+    def standing(self, index: Tensor) -> Tensor | None:
+        """The places of the tokens at `index` `[B, M]`."""
+        return None if self.place is None else self.place.gather(1, index)
 
     def bias(self) -> Tensor | None:
         """Proportional attention (ToMe, section 3): a token that stands for s patches counts s times; `[B, 1, 1, N]`."""
@@ -78,9 +87,11 @@ class PlainAttention(nn.Module):
     `operands`, when set, quantizes what enters the two products: keys "q", "k", "v" and "probs".
     """
 
-    def __init__(self, attn: nn.Module) -> None:
+    def __init__(self, attn: nn.Module, position: Position | None = None) -> None:
         super().__init__()
         _adopt(self, attn)
+        self.position = position if position is not None else attn.__dict__.get("position")
+        self.kept: list[int] | None = attn.__dict__.get("kept")  # of the heads that tables of positions know, those still here
         for name in ("num_heads", "head_dim", "attn_dim", "scale"):
             if hasattr(attn, name):
                 setattr(self, name, getattr(attn, name))
@@ -88,16 +99,22 @@ class PlainAttention(nn.Module):
         self.train(attn.training)
 
     def forward(
-        self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Callable[[Tensor], Fused] | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        look: bool = False,
+        fuse: Callable[[Tensor], Fused] | None = None,
+        turn: Turn | None = None,
     ) -> Any:
-        """The output; with `look` also the queries and keys `[B, heads, N, d]`. `bias` is added to the scaled scores.
+        """The output; with `look` also the queries and keys `[B, heads, N, d]`. `bias` is added to the scaled scores, and `turn`
+        turns queries and keys.
 
         With `fuse` the output is that of fewer tokens, `[B, N', C]`: it is shown the probabilities `[B, heads, N, N]`, and the
         values are made from the tokens that it leaves.
         """
         if fuse is not None:
-            return self._fused(x, bias, fuse)
-        q, k, v = project(self, x)
+            return self._fused(x, bias, fuse, turn)
+        q, k, v = project(self, x, turn)
         if self.operands is None:
             p = self._drop_rate()
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=cast(float, self.scale))
@@ -106,8 +123,9 @@ class PlainAttention(nn.Module):
         y = emit(self, mixed, x)
         return (y, q, k) if look else y
 
-    def _fused(self, x: Tensor, bias: Tensor | None, fuse: Callable[[Tensor], Fused]) -> Tensor:
-        probs = self._probabilities(*_queries_and_keys(self, x), bias)
+    def _fused(self, x: Tensor, bias: Tensor | None, fuse: Callable[[Tensor], Fused], turn: Turn | None) -> Tensor:
+        q, k = _queries_and_keys(self, x)
+        probs = self._probabilities(turned(q, turn), turned(k, turn), bias)
         tokens, merge, spread = fuse(probs)
         left = tokens.x
         # A map with its columns summed and its rows averaged, times new values, is the map as it was, times the values spread
@@ -142,21 +160,17 @@ class PlainBlock(nn.Module):
     `last` is the block after which the model goes on with a plain tensor.
     """
 
-    def __init__(self, block: nn.Module, name: str, last: bool) -> None:
+    def __init__(self, block: nn.Module, name: str, last: bool, position: Position | None = None) -> None:
         super().__init__()
         _adopt(self, block)
         if not isinstance(self.attn, PlainAttention):
-            self.attn = PlainAttention(cast(nn.Module, self.attn))
+            self.attn = PlainAttention(cast(nn.Module, self.attn), position)
         self.name, self.last = name, last
         self.reducers = nn.ModuleList()
         self.train(block.training)
 
-    def forward(self, x: Tensor | Tokens, **given: Any) -> Tensor | Tokens:
-        # BEiT and EVA hand every block their positions and masks, which are None where the block is plain.
-        if unknown := [k for k, v in given.items() if v is not None and v is not False]:
-            raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}=")
-        tokens = Tokens.of(x)
-        bias = tokens.bias()
+    def forward(self, x: Tensor | Tokens, *mask: Any, **given: Any) -> Tensor | Tokens:
+        tokens, turn, bias = self.entering(x, *mask, **given)
         norm1, q, k = cast(nn.Module, self.norm1), None, None
         if ahead := self._reducers("ahead"):
 
@@ -165,9 +179,9 @@ class PlainBlock(nn.Module):
                 tokens, merge, spread = ahead[0](tokens, probs, self)
                 return tokens._replace(x=norm1(tokens.x)), merge, spread
 
-            y = self.attn(norm1(tokens.x), bias, fuse=fuse)
+            y = self.attn(norm1(tokens.x), bias, fuse=fuse, turn=turn)
         else:
-            y, q, k = self.attn(norm1(tokens.x), bias, look=True)
+            y, q, k = self.attn(norm1(tokens.x), bias, look=True, turn=turn)
         tokens = tokens._replace(x=tokens.x + branch(self, 1, y))
         for reducer in self._reducers("between"):
             tokens = reducer(tokens, q, k, bias, self)
@@ -177,6 +191,24 @@ class PlainBlock(nn.Module):
         for reducer in self._reducers("after"):
             tokens = reducer(tokens, q, k, bias, self)
         return tokens.handed_on(self.last)
+
+    def entering(self, x: Tensor | Tokens, *mask: Any, **given: Any) -> tuple[Tokens, Turn | None, Tensor | None]:
+        """The tokens, the angles of each, and what is added to their scores, from what the model hands to the block."""
+        tokens, attn = Tokens.of(x), cast(PlainAttention, self.attn)
+        position = attn.position
+        used = "" if position is None else position.argument
+        # Models hand every block masks and the like, which are None where the block is plain.
+        others = {"a mask": next((m for m in mask if m is not None), None)} | {k: v for k, v in given.items() if k != used}
+        if unknown := [k for k, v in others.items() if v is not None and v is not False]:
+            raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}")
+        if position is None:
+            return tokens, None, tokens.bias()
+        n = tokens.x.shape[1]
+        turn, bias = position.placed(attn, given, n, tokens.place)
+        if tokens.place is None and len(self.reducers):
+            tokens = tokens._replace(place=torch.arange(n, device=tokens.x.device).expand(len(tokens.x), -1))
+        counted = tokens.bias()
+        return tokens, turn, counted if bias is None else bias if counted is None else bias + counted
 
     def _reducers(self, place: str) -> list[nn.Module]:
         return [r for r in self.reducers if getattr(r, "place", "between") == place]
@@ -190,11 +222,42 @@ def plain_blocks(model: nn.Module, step: str) -> list[PlainBlock]:
     for i, found in enumerate(anatomy.blocks):
         block = model.get_submodule(found.name)
         if not isinstance(block, PlainBlock):
-            block = PlainBlock(block, found.name, last=i == len(anatomy.blocks) - 1)
-            parent, _, child = found.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, block)
+            made, position = parts(block, model.get_submodule(found.attention.name))
+            if position is not None:
+                position = replace(position, prefix=anatomy.prefix)
+            new = PlainBlock(made, found.name, last=i == len(anatomy.blocks) - 1, position=position)
+            new.train(block.training)
+            if isinstance(block, nn.ModuleList):  # what joins the pairs is tried while all of them are there
+                owner, _, layers = found.name.rpartition(".")[0].rpartition(".")
+                if not isinstance(model.get_submodule(owner), Chain):
+                    _put(model, owner, chain(model.get_submodule(owner), layers, cast(int, anatomy.width)))
+            _put(model, found.name, block := new)
         blocks.append(block)
     return blocks
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules of `model` on the same weights: to be rearranged by `plain_blocks` and looked at."""
+    held = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in held})
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """`model` itself, its low-rank adapters (peft's LoRA layers) merged in place into the layers that they wrap.
+
+    For steps that change weights: quantizers, and what removes rows.
+    """
+    for name, module in list(model.named_modules()):
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module) and hasattr(module, "merge"):
+            cast(Any, module).merge()
+            _put(model, name, base)
+    return model
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def places(step: Any, depth: int, default: Iterable[int]) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .compiled import as_written
 from .errors import VitreousError
 
 MOST = 1024  # images taken from a loader or an iterable, which may not end
@@ -158,7 +159,7 @@ def _entered(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, Tensor]:
     model.eval()
     handle = asked.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_written(model):
             one = x[:1].to(parameter)
             model(one)
             if asked is model or not read or (read[0].shape == one.shape and torch.equal(read[0], one.float())):

@@ -96,7 +96,7 @@ class Step:
         if self.needs_calibration and calibration is None:
             raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
         refuse_nan(model)
-        new = copy.deepcopy(model).eval()
+        new = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # what is changed is compiled anew
         untied = untie(new)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -102,7 +102,7 @@ def test_one_block_as_published(vit: nn.Module, r: int, bidirectional: bool, ahe
     block = next(m for m in small.modules() if isinstance(m, PlainBlock) and len(m.reducers))
     x, size = torch.randn(2, 17, 48), torch.randint(1, 5, (2, 17, 1)).float()
     with torch.no_grad():
-        out, sizes = block(Tokens(x, size))
+        out, sizes, _ = block(Tokens(x, size))
         expected = [as_published(block, *given, r, bidirectional, ahead) for given in zip(x, size[..., 0], strict=True)]
     torch.testing.assert_close(out, torch.stack([e for e, _ in expected]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(sizes[..., 0], torch.stack([s for _, s in expected]))

@@ -63,7 +63,7 @@ def test_random_choice_keeps_what_it_says(images: Tensor) -> None:
     assert lengths(slim(small_vit(), RandomChoice(keep=0.01, at=(0,))), images) == [2] * 4
     reducer = KeepDrawn(0.5, 1, 16, torch.Generator().manual_seed(0))
     x, size = torch.randn(2, 17, 3), torch.rand(2, 17, 1)
-    (out, sizes), trace = reduced(reducer, x, size)
+    (out, sizes, _), trace = reduced(reducer, x, size)
     kept = [0, *sorted((reducer.rank.argsort()[:8] + 1).tolist())]
     assert torch.equal(out, x[:, kept]) and sizes is not None and torch.equal(sizes, size[:, kept])
     torch.testing.assert_close(trace.matrix() @ x, out)
@@ -82,7 +82,7 @@ def test_every_patch_is_as_likely() -> None:
 def test_pooling_averages_two_by_two(grid: tuple[int, int], prefix: int) -> None:
     h, w = grid
     x = torch.randn(2, prefix + h * w, 3)
-    (out, sizes), trace = reduced(PoolGrid(grid, prefix), x)
+    (out, sizes, _), trace = reduced(PoolGrid(grid, prefix), x)
     image = x[:, prefix:].mT.unflatten(-1, grid)
     pooled = F.avg_pool2d(image, 2, ceil_mode=True, count_include_pad=False).flatten(2).mT
     torch.testing.assert_close(out, torch.cat([x[:, :prefix], pooled], 1))
@@ -92,7 +92,7 @@ def test_pooling_averages_two_by_two(grid: tuple[int, int], prefix: int) -> None
 
 def test_pooling_weighs_by_size() -> None:
     x, size = torch.randn(1, 4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]
-    (out, sizes), _ = reduced(PoolGrid((2, 2), 0), x, size)
+    (out, sizes, _), _ = reduced(PoolGrid((2, 2), 0), x, size)
     torch.testing.assert_close(out[0, 0], (x * size).sum((0, 1)) / 10)
     assert sizes is not None and sizes.item() == 10
 

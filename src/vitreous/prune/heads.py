@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..anatomy import read
-from ..blocks import plain_blocks
+from ..blocks import merged, plain_blocks, shared_copy
 from ..errors import VitreousError
 from ..outputs import answer, embeds
 from ..steps import Step, step
@@ -32,14 +31,13 @@ def importance(model: nn.Module, images: Tensor) -> list[Tensor]:
     Raises `VitreousError` where a block is not plain, and where nothing distinguishes heads: no images, NaN, or no head that
     changes any answer.
     """
-    anatomy = read(model)
-    anatomy.require_plain("prune.Heads")
     if not len(images):
         raise VitreousError("prune.Heads was given no calibration images: give at least one, 32 are usual")
-    heads = {b.attention.name: cast(int, b.attention.heads) for b in anatomy.blocks}
-    projections = {b.attention.name: f"{b.attention.name}.{b.attention.proj}" for b in anatomy.blocks}
-    scores = None
-    if not embeds(model, images[:1]):
+    scores, classes = None, not embeds(model, images[:1])
+    blocks = plain_blocks(model := shared_copy(model), "prune.Heads")
+    heads = {b.name: cast(int, b.attn.num_heads) for b in blocks}
+    projections = {b.name: f"{b.name}.attn.proj" for b in blocks}
+    if classes:
         scores = _slopes(model, images, heads, projections, _cross_entropy)
     if scores is None or not any(s.any() for s in scores):
         scores = _slopes(model, images, heads, projections, _random_component)
@@ -142,7 +140,7 @@ class Heads(Step):
         return {"heads": heads, "covers": f"{sum(map(len, heads))} of {sum(map(len, scores))} heads removed"}
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
-        blocks = plain_blocks(model, self.name)
+        blocks = plain_blocks(merged(model), self.name)
         if len(plan["heads"]) != len(blocks):
             raise VitreousError(f"{self.name}: the plan has {len(plan['heads'])} blocks, the model has {len(blocks)}")
         for block, removed in zip(blocks, plan["heads"], strict=True):
@@ -170,6 +168,9 @@ class Heads(Step):
                 new = old.detach()[rows.to(old.device)]
                 setattr(attn, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
         _keep(attn.proj, rows, 1)
+        if attn.position is not None:  # tables of positions may know all the heads
+            before = attn.kept or range(heads)
+            attn.kept = [before[h] for h in kept.tolist()]
         attn.num_heads, attn.attn_dim = len(kept), len(rows)
 
 

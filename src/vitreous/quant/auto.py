@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import PlainBlock
+from ..outputs import answer
 from ..steps import history_of, step
 from ..work import tick
 from .calibration import watch
@@ -201,7 +202,7 @@ def inputs(module: nn.Module, names: list[str], x: Tensor, whole: bool = True) -
         out = []
         for batch in x.split(AT_ONCE):
             with suppress(Enough):
-                out.append(module(batch))
+                out.append(answer(module(batch)))
     finally:
         for hook in hooks:
             hook.remove()

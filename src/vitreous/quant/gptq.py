@@ -138,5 +138,6 @@ def input_grams(model: nn.Module, names: Iterable[str], images: Tensor) -> dict[
 
 def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """`[B, L, I]`: what each output position of a convolution without groups reads."""
-    assert conv.groups == 1 and not isinstance(conv.padding, str)
-    return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).mT  # pyright: ignore[reportArgumentType]
+    padding = 0 if conv.padding == "valid" else conv.padding
+    assert conv.groups == 1 and not isinstance(padding, str)
+    return F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride).mT  # pyright: ignore[reportArgumentType]

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import project, read
+from ..anatomy import read
 from ..blocks import PlainAttention, PlainBlock, Tokens, plain_blocks
 from ..errors import VitreousError
 from ..operators import matmul_integer, quantize, shift_right
+from ..parts import project
 from ..steps import Step, step
 from ..work import tick
 from . import calibration as images_at_once
@@ -79,7 +80,7 @@ class IntegerAttention(PlainAttention):
         self.proj = integer_linear(proj.weight, proj.bias, mixed, residual, gamma)
         self.scale_q, self.scale_k, self.scale_scores = q.scale, k.scale, scores.scale
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None) -> Any:
+    def forward(self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None, turn: Any = None) -> Any:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = self.scores(matmul_integer(q, k.mT))
         if bias is not None:
@@ -264,6 +265,8 @@ def layer_scale(block: Any, number: int) -> Tensor | None:
 def why_not(block: PlainBlock) -> str:
     """What of a block I-ViT has no integer form for; empty when it has."""
     attn, mlp = cast(Any, block.attn), cast(Any, block.mlp)
+    if attn.position is not None:
+        return f"its attention knows places ({attn.position.kind})"
     if any(not isinstance(getattr(attn, n, nn.Identity()), nn.Identity) for n in ("q_norm", "k_norm", "norm")):
         return "its attention normalizes inside"
     if getattr(attn, "gate", None) is not None:

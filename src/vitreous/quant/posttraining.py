@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..blocks import PlainBlock, plain_blocks
+from ..blocks import PlainBlock, merged, plain_blocks
 from ..errors import VitreousError
 from ..processor import saturates
 from ..steps import Step
@@ -136,7 +136,8 @@ class PostTraining(Step):
 
 
 def attention_blocks(model: nn.Module) -> list[PlainBlock]:
-    """The blocks of `model` as `PlainBlock`s, in place; none when they are not plain."""
+    """The blocks of `model` as `PlainBlock`s, its adapters merged, in place; none when they are not plain."""
+    merged(model)
     return plain_blocks(model, "quantization") if read(model).plain else []
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy, branch, emit, project
+from ..anatomy import Anatomy
 from ..glass import glass
+from ..parts import branch, emit, project
 from .hot import Hot
 from .patches import run
 from .tail import Trunk, trunk, why_no_trunk

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..anatomy import Anatomy, branch, read
+from ..anatomy import Anatomy, read
 from ..errors import VitreousError
+from ..parts import branch
 from ..work import tick
 from .patches import still
 from .stream import Images, Means, batches, interval

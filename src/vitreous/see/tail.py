@@ -36,6 +36,8 @@ def why_no_trunk(model: nn.Module, anatomy: Anatomy) -> str:
     for block in anatomy.blocks:
         if not block.plain:
             return f"'{block.name}' is not plain: {block.why_not}"
+        if block.attention.position != "absolute" or not block.own_names:
+            return f"'{block.name}' has positions in its attention, or parts with other names"
         if len(getattr(model.get_submodule(block.name), "reducers", ())):
             return f"'{block.name}' drops or merges tokens"
     return ""

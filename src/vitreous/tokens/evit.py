@@ -30,6 +30,8 @@ class KeepByClassAttention(nn.Module):
             return tokens
         # Only the class token's row of the attention map is needed, so the fused kernel can do the rest.
         rows = q[:, :, :1] if self.class_token else q
+        if bias is not None and self.class_token:
+            bias = bias[:, :, :1]
         scores = rows * cast(float, block.attn.scale) @ k.mT
         scores = (scores if bias is None else scores + bias).softmax(-1).mean((1, 2))[:, p:]  # [B, N]
         order = scores.argsort(1, descending=True)
@@ -43,7 +45,11 @@ class KeepByClassAttention(nn.Module):
             sizes = [size[:, :p], s[:, :left]] + ([s[:, left:].sum(1, keepdim=True)] if self.fuse else [])
             size = torch.cat(sizes, 1)
         note(block, lambda: self._reduction(order, scores, left, block.name))
-        return Tokens(torch.cat(parts, 1), size)
+        place = tokens.place
+        if place is not None:
+            standing = place[:, p:].gather(1, order[:, : left + self.fuse])
+            place = torch.cat([place[:, :p], standing], 1)
+        return Tokens(torch.cat(parts, 1), size, place)
 
     def _reduction(self, order: Tensor, scores: Tensor, left: int, layer: str) -> Reduction:
         b, n = order.shape
@@ -65,7 +71,8 @@ class EViT(Step):
     In the blocks `at` (default: after a quarter, a half and three quarters of the depth, the paper's 3, 6, 9 of 12), the
     `ceil(keep·N)` patches with the highest class-token attention, averaged over heads, stay (section 3.2, eq. 3); the others
     become one token, their sum weighted by that attention (eq. 5, not normalised, as in the official code). Register and
-    distillation tokens always stay. A model without a class token is scored by the attention that all tokens pay.
+    distillation tokens always stay. A model without a class token is scored by the attention that all tokens pay. Where attention
+    knows places, the fused token stands where the most attended of its parts stood.
 
     Needs no training and no data; deployable: exports with a fixed number of tokens. `keep=1` is the identity.
     """

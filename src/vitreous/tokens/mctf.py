@@ -132,7 +132,7 @@ class FuseByCriteria(nn.Module):
         return min(r, (n - self.prefix) // 2)
 
     def fuse(self, tokens: Tokens, probs: Tensor, block: PlainBlock) -> Fused:
-        x, size = tokens
+        x, size, _ = tokens
         r = self.number(x.shape[1])
         if r == 0:
             return tokens, lambda t: t, lambda t: t
@@ -146,7 +146,8 @@ class FuseByCriteria(nn.Module):
             share = (weight / pick(pairs.merge(weight), into)).to(x.dtype)  # of each token in its new one
             size = pairs.merge(size)
         note(block, lambda: Reduction(block.name, into, share[..., 0], x.shape[1] - r))
-        return Tokens(pairs.merge(x * share), size), lambda t: pairs.merge(t * share), lambda t: pick(t, into)
+        left = Tokens(pairs.merge(x * share), size, tokens.standing(pairs.kept))
+        return left, lambda t: pairs.merge(t * share), lambda t: pick(t, into)
 
 
 @step("tokens")

@@ -23,7 +23,7 @@ class PoolGrid(nn.Module):
         self.grid, self.prefix = grid, prefix
 
     def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
-        (x, size), (h, w), p = tokens, self.grid, self.prefix
+        (x, size, place), (h, w), p = tokens, self.grid, self.prefix
         if x.shape[1] != p + h * w:
             raise VitreousError(
                 f"tokens.UniformPooling: {x.shape[1] - p} patches enter block '{block.name}' and not a grid of {h} × {w}: "
@@ -34,7 +34,10 @@ class PoolGrid(nn.Module):
         size = torch.ones_like(x[..., :1]) if size is None else size
         pooled = self._sum(size)
         note(block, lambda: self._reduction(size[..., 0], block.name))
-        return Tokens(self._sum(x * size) / pooled, pooled)
+        if place is not None:
+            first = place[:, p:].unflatten(1, (h, w))[:, ::2, ::2].flatten(1)
+            place = torch.cat([place[:, :p], first], 1)
+        return Tokens(self._sum(x * size) / pooled, pooled, place)
 
     def _sum(self, x: Tensor) -> Tensor:
         h, w = self.grid
@@ -56,7 +59,8 @@ class UniformPooling(Step):
     """A peer for methods that fuse tokens: 2 × 2 average pooling of the patch grid in each of the blocks `at`.
 
     `at` is by default the middle of the depth. A pooled token counts in attention as often as the patches it stands for, as
-    in ToMe; at odd edges these are two or one. Prefix tokens stay. `at=()` is the identity. Deployable.
+    in ToMe; at odd edges these are two or one. Where attention knows places, it
+    stands where the first of them stood. Prefix tokens stay. `at=()` is the identity. Deployable.
 
     Needs the whole grid: it cannot follow a step that has shortened the sequence in an earlier block.
     """
@@ -66,10 +70,9 @@ class UniformPooling(Step):
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         anatomy = read(model)
         blocks = plain_blocks(model, self.name)
-        if anatomy.grid is None:
-            raise VitreousError(f"{self.name} pools the patches of a grid, and {anatomy.kind} tells of none")
+        grid = anatomy.require_grid(self.name)
         at = places(self, len(blocks), (len(blocks) // 2,))
-        (h, w), last = anatomy.grid, -1
+        (h, w), last = grid, -1
         for i in at:
             if shortened := [j for j in range(last + 1, i + 1) if len(blocks[j].reducers)]:
                 raise VitreousError(

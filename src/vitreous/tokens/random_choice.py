@@ -27,7 +27,7 @@ class KeepDrawn(nn.Module):
         self.register_buffer("rank", torch.randperm(patches, generator=generator))
 
     def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
-        (x, size), p = tokens, self.prefix
+        (x, size, place), p = tokens, self.prefix
         n = x.shape[1] - p
         left = math.ceil(self.keep * n)
         if left >= n:
@@ -37,7 +37,8 @@ class KeepDrawn(nn.Module):
         order = self.rank[:n].argsort()
         kept = torch.cat([torch.arange(p, device=x.device), order[:left].sort().values + p])
         note(block, lambda: self._reduction(kept, x, block.name))
-        return Tokens(x[:, kept], None if size is None else size[:, kept])
+        size, place = (None if t is None else t[:, kept] for t in (size, place))
+        return Tokens(x[:, kept], size, place)
 
     def _reduction(self, kept: Tensor, x: Tensor, layer: str) -> Reduction:
         b, n, _ = x.shape
@@ -68,8 +69,7 @@ class RandomChoice(Step):
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         anatomy = read(model)
         blocks = plain_blocks(model, self.name)
-        if anatomy.grid is None:
-            raise VitreousError(f"{self.name} draws among the patches of a grid, and {anatomy.kind} tells of none")
+        grid = anatomy.require_grid(self.name)
         depth = len(blocks)
         at = places(self, depth, (depth // 4, depth // 2, 3 * depth // 4))
         generator = torch.Generator().manual_seed(self.seed)
@@ -77,5 +77,5 @@ class RandomChoice(Step):
             if len(blocks[i].reducers):
                 raise VitreousError(f"{self.name}: block {i} already shortens its tokens; choose other blocks with at=")
             device = next(blocks[i].parameters()).device
-            patches = anatomy.grid[0] * anatomy.grid[1]
+            patches = grid[0] * grid[1]
             blocks[i].reducers.append(KeepDrawn(self.keep, anatomy.prefix, patches, generator).to(device))

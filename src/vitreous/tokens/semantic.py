@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ..anatomy import branch, emit, project, read
+from ..anatomy import read
 from ..blocks import PlainAttention, PlainBlock, Reduction, Tokens, note, plain_blocks
 from ..errors import VitreousError
+from ..parts import branch, emit, project
+from ..positions import Turn
 from ..steps import Step, step
 
 
@@ -101,11 +103,14 @@ class CenterAttention(PlainAttention):
         super().__init__(attn)
         self.operands, self.rows = attn.operands, rows
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None) -> Any:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None, turn: Turn | None = None
+    ) -> Any:
         """`[B, rows + M, C]` to `[B, rows, C]`."""
         n = self.rows
-        q, k, v = project(self, x)
+        q, k, v = project(self, x, turn)
         q, k, v = q[:, :, :n], k[:, :, n:], v[:, :, n:]
+        bias = None if bias is None else bias[:, :, :n, n:]
         if self.operands is None:
             p = self._drop_rate()
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=cast(float, self.scale))
@@ -126,14 +131,31 @@ class SemanticBlock(PlainBlock):
         self.attn = CenterAttention(cast(PlainAttention, self.attn), rows)
         self.reducers.append(entry)
 
-    def forward(self, x: Tensor | Tokens, **given: Any) -> Tensor:
-        if unknown := [k for k, v in given.items() if v is not None and v is not False]:
-            raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}=")
-        query, tokens, patches = self.reducers[0](Tokens.of(x).x, self)
-        y = self.attn(cast(nn.Module, self.norm1)(torch.cat([query, tokens, patches], 1)))
+    def forward(self, x: Tensor | Tokens, *mask: Any, **given: Any) -> Tensor | Tokens:
+        entered = Tokens.of(x)
+        query, tokens, patches = self.reducers[0](entered.x, self)
+        place = self._places(entered)
+        _, turn, bias = self.entering(Tokens(entered.x, place=place), *mask, **given)
+        y = self.attn(cast(nn.Module, self.norm1)(torch.cat([query, tokens, patches], 1)), bias, turn=turn)
         y = query + branch(self, 1, y)
         y = y + branch(self, 2, cast(nn.Module, self.mlp)(cast(nn.Module, self.norm2)(y)))
-        return torch.cat([y, patches], 1) if isinstance(self.reducers[0], WindowPooling) else y
+        if isinstance(self.reducers[0], WindowPooling):
+            y = torch.cat([y, patches], 1)
+        return Tokens(y, place=None if place is None else place[:, query.shape[1] :][:, : y.shape[1]]).handed_on(self.last)
+
+    def _places(self, entered: Tokens) -> Tensor | None:
+        """Where queries, tokens and patches stand `[B, …]`: a semantic token in the middle of its window."""
+        if cast(PlainAttention, self.attn).position is None:
+            return None
+        entry, b = self.reducers[0], len(entered.x)
+        if isinstance(entry, WindowPooling):
+            patches = torch.arange(len(entry.window), device=entered.x.device)
+            own = entry.window == torch.arange(entry.windows, device=entered.x.device)[:, None]
+            middle = torch.stack([patches[row][int(row.sum()) // 2] for row in own])
+            tokens = torch.cat([torch.arange(entry.prefix, device=entered.x.device), middle + entry.prefix])
+            return torch.cat([tokens, tokens, patches + entry.prefix]).expand(b, -1)
+        place = cast(Tensor, entered.place)
+        return torch.cat([place[:, : cast(CenterAttention, self.attn).rows], place], 1)
 
 
 @step("tokens")
@@ -177,8 +199,7 @@ class SemanticTokens(Step):
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         anatomy = read(model)
         blocks = plain_blocks(model, self.name)
-        if anatomy.grid is None or anatomy.width is None:
-            raise VitreousError(f"{self.name} pools the patches of a grid, and {anatomy.kind} tells of none")
+        grid = anatomy.require_grid(self.name)
         at = len(blocks) // 3 if self.at is None else self.at
         if not 0 <= at <= len(blocks) - 2:
             raise VitreousError(
@@ -190,9 +211,9 @@ class SemanticTokens(Step):
                 f"{self.name}: block {shortened[0]} already shortens the tokens, and block {at} needs the whole grid: apply it "
                 "before other token steps, or choose an earlier block with at="
             )
-        windows, prefix = arrange(self.tokens, anatomy.grid), anatomy.prefix
-        pooling = WindowPooling(anatomy.width, anatomy.grid, windows, prefix)
-        for block, entry in zip(blocks[at:], (pooling, Centers(self.tokens, anatomy.width, prefix)), strict=False):
+        windows, prefix = arrange(self.tokens, grid), anatomy.prefix
+        pooling = WindowPooling(cast(int, anatomy.width), grid, windows, prefix)
+        for block, entry in zip(blocks[at:], (pooling, Centers(self.tokens, cast(int, anatomy.width), prefix)), strict=False):
             reference = next(block.parameters())
             new = SemanticBlock(block, entry, prefix + self.tokens).to(reference.device, reference.dtype)
             parent, _, child = block.name.rpartition(".")

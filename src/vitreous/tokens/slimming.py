@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,9 @@ class TokenSlimmingModule(nn.Module):
     """`[B, P + N, C]` to `[B, P + keep, C]`: P prefix tokens, and `keep` weighted means of the patches.
 
     Zong et al., section 3.2: the weights are LayerNorm, linear, GELU and linear of each patch, times one learned scale, through
-    a softmax over the patches. It works after the MLP of the block which it is a reducer of.
+    a softmax over the patches.
+    Where attention knows places, each stands where the patch stood that is most in it. It works after the MLP of the block which
+    it is a reducer of.
     """
 
     place = "after"
@@ -45,7 +47,9 @@ class TokenSlimmingModule(nn.Module):
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
         shares = (self.weight(patches) * self.scale).softmax(1).mT  # [B, keep, N]
         note(block, lambda: self._reduction(shares, block.name))
-        return Tokens(torch.cat([prefix, shares @ patches], 1))
+        most, p = shares.argmax(-1) + self.prefix, torch.arange(self.prefix, device=x.device)
+        place = tokens.standing(torch.cat([p.expand(len(x), -1), most], 1)) if tokens.place is not None else None
+        return Tokens(torch.cat([prefix, shares @ patches], 1), place=place)
 
     def _reduction(self, shares: Tensor, layer: str) -> Reduction:
         (b, keep, n), p = shares.shape, self.prefix
@@ -115,8 +119,7 @@ class TokenSlimming(Step):
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
         anatomy = read(model)
         blocks = plain_blocks(model, self.name)
-        if anatomy.grid is None or anatomy.width is None:
-            raise VitreousError(f"{self.name} counts the patches of a grid, and {anatomy.kind} tells of none")
+        grid = anatomy.require_grid(self.name)
         depth = len(blocks)
         at = places(self, depth, (max(depth * part // 16, 1) - 1 for part in (9, 12, 14)))
         if shortened := [i for i in range(max(at, default=-1) + 1) if len(blocks[i].reducers)]:
@@ -126,9 +129,9 @@ class TokenSlimming(Step):
             )
         if self.keep == 1:
             return
-        patches = anatomy.grid[0] * anatomy.grid[1]
+        patches = grid[0] * grid[1]
         reference = next(model.parameters())
         for stage, i in enumerate(at, start=1):
             keep = max(int(patches * self.keep**stage), 1)
-            module = TokenSlimmingModule(anatomy.width, keep, anatomy.prefix)
+            module = TokenSlimmingModule(cast(int, anatomy.width), keep, anatomy.prefix)
             blocks[i].reducers.append(module.to(reference.device, reference.dtype))

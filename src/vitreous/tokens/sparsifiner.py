@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..anatomy import emit, project, read
+from ..anatomy import read
 from ..blocks import PlainAttention, Tokens, plain_blocks
 from ..errors import VitreousError
+from ..parts import emit, project
+from ..positions import Turn
 from ..steps import Step, step
 
 # The official configuration: a sixth of the tokens as basis vectors, of which a query uses 8; half of a head's channels.
@@ -71,7 +73,9 @@ class SparseAttention(PlainAttention):
         self.predictor.to(cast(nn.Linear, self.proj).weight)
         self.watched: list[tuple[Tensor, Tensor]] | None = None
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None) -> Any:
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None, turn: Turn | None = None
+    ) -> Any:
         """As in `PlainAttention`. Raises VitreousError for another number of tokens than the predictor was made for."""
         if x.shape[1] != self.predictor.tokens:
             raise VitreousError(
@@ -80,8 +84,8 @@ class SparseAttention(PlainAttention):
             )
         full = self.predictor.keep >= self.predictor.tokens
         if fuse is not None or (full and self.watched is None):
-            return super().forward(x, bias, look, fuse)
-        q, k, v = project(self, x)
+            return super().forward(x, bias, look, fuse, turn)
+        q, k, v = project(self, x, turn)
         y = emit(self, self._mix(self._probabilities(q, k, bias), v), x)
         return (y, q, k) if look else y
 
@@ -125,12 +129,10 @@ class Sparsifiner(Step):
     def plan(self, model: nn.Module, calibration: Tensor | None) -> dict[str, Any]:
         """`tokens`: how many tokens enter each block, which earlier steps may have changed."""
         anatomy = read(model)
-        anatomy.require_plain(self.name)
-        if anatomy.grid is None or anatomy.width is None:
-            raise VitreousError(f"{self.name} must know the number of tokens, and {anatomy.kind} tells of no grid of patches")
-        blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
+        blocks = plain_blocks(model, self.name)
+        grid = anatomy.require_grid(self.name)
         reference = next(blocks[0].parameters())
-        x = torch.randn(1, anatomy.prefix + anatomy.grid[0] * anatomy.grid[1], anatomy.width).to(reference)
+        x = torch.randn(1, anatomy.prefix + grid[0] * grid[1], cast(int, anatomy.width)).to(reference)
         tokens = []
         with torch.no_grad():
             for block in blocks:

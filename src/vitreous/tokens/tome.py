@@ -18,11 +18,12 @@ from ..steps import Step, step
 Merge = Callable[[Tensor], Tensor]
 
 
-def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Merge, Callable[[], Tensor]]:
+def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Merge, Callable[[], Tensor], Tensor]:
     """Merge the `r` most similar pairs between tokens at even and at odd places (section 3, "Bipartite Soft Matching").
 
     `metric` is `[B, N, d]`; the first `prefix` tokens are left alone. Returns `merge`, which sums `[B, N, C]` into
-    `[B, N − r, C]`, and `into`, which gives the new place of every token, `[B, N]`.
+    `[B, N − r, C]`, `into`, which gives the new index of every token, `[B, N]`, and the old indices of those that stay,
+    `[B, N − r]`.
     """
     b, n, _ = metric.shape
     even = torch.arange(prefix + prefix % 2, n, 2, device=metric.device)
@@ -54,7 +55,8 @@ def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Merge,
         new[:, even] = of_even
         return new
 
-    return merge, into
+    first = torch.arange(prefix, device=metric.device).expand(b, -1)
+    return merge, into, torch.cat([first, even[stay], odd.expand(b, -1)], 1)
 
 
 class MergeSimilar(nn.Module):
@@ -65,15 +67,15 @@ class MergeSimilar(nn.Module):
         self.r, self.prefix = r, prefix
 
     def forward(self, tokens: Tokens, q: Tensor, k: Tensor, bias: Tensor | None, block: PlainBlock) -> Tokens:
-        x, size = tokens
+        x, size, _ = tokens
         r = min(self.r, (x.shape[1] - self.prefix) // 2)
         if r <= 0:
             return tokens
-        merge, into = bipartite_soft_matching(k.mean(1), r, self.prefix)
+        merge, into, stays = bipartite_soft_matching(k.mean(1), r, self.prefix)
         size = torch.ones_like(x[..., :1]) if size is None else size
         merged = merge(size)
         note(block, lambda: Reduction(block.name, into(), size[..., 0], x.shape[1] - r))
-        return Tokens(merge(x * size) / merged, merged)
+        return Tokens(merge(x * size) / merged, merged, tokens.standing(stays))
 
 
 @step("tokens")
@@ -83,7 +85,8 @@ class ToMe(Step):
 
     Every block merges its `r` most similar pairs of tokens, by the cosine of their keys averaged over heads; attention counts a
     token as often as the patches it stands for (proportional attention). Class, distillation and register tokens never merge;
-    at most half of the patches go in one block.
+    at most half of the patches go in one block. Where attention knows places, a merged token stands where the one stood that the
+    others went to.
 
     Needs no training and no data; deployable: exports with a fixed number of tokens. `r=0` is the identity.
     """
