@@ -15,6 +15,7 @@ from .anatomy import anatomy
 from .faithful import faithful
 from .heads import heads
 from .merge import merge
+from .prove import prove
 from .see import see
 from .slim import slim
 from .steps import steps
@@ -33,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (slim, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
+for command in (slim, prove, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
     app.command()(command)
 
 

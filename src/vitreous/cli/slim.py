@@ -63,5 +63,5 @@ def slim(
         proof = job.run(net, chosen, calibrate, source.download)
     console.print(proof, width=max(console.width, 110))
     for line in (*job.notes, *job.log):
-        console.print(line, highlight=False)
-    console.print(f"written to {target}: " + ", ".join(sorted(p.name for p in target.iterdir())), highlight=False)
+        console.print(line, highlight=False, markup=False)
+    console.print(f"written to {target}: " + ", ".join(sorted(p.name for p in target.iterdir())), highlight=False, markup=False)

@@ -240,7 +240,7 @@ def _folder(source: str | Path) -> Path | None:
 
 def _check_classes(source: str, classes: Sequence[str], logits: int | None) -> str:
     """Refuse more classes than logits; otherwise the note that fewer classes call for, or the empty string."""
-    if not logits or len(classes) == logits:
+    if not logits or len(classes) == max(logits, 2):  # one logit answers yes or no
         return ""
     if len(classes) > logits:
         raise VitreousError(

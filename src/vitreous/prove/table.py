@@ -64,13 +64,13 @@ def rows(proof: Proof) -> list[Row]:
 
 def table(proof: Proof) -> Table:
     """The rows for a terminal, intervals dimmed below their figures."""
-    shown = Table(caption=caption(proof), caption_justify="left")
+    shown = Table(caption=Text(caption(proof), justify="left"))
     shown.add_column("")
     for m in proof.models:
         shown.add_column(Text(m.name, overflow="fold"), justify="right")
     for row in rows(proof):
         cells = [Text(c.value) if not c.around else Text.assemble(c.value, "\n", (c.around, "dim")) for c in row.cells]
-        shown.add_row(row.label, *cells)
+        shown.add_row(Text(row.label), *cells)
     return shown
 
 

@@ -1,0 +1,103 @@
+"""`vitreous prove MODEL OTHER… --data DATA`: paired measurements of models and shipped files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from .options import MODEL, DataOptions, ModelOptions, grouped
+
+SHIPPED = (".onnx", ".xml")
+
+
+@grouped
+def prove(
+    model: MODEL = None,
+    others: Annotated[list[str] | None, typer.Argument(help="saved or shipped (.onnx, .xml), to compare with MODEL")] = None,
+    *,
+    opening: ModelOptions,
+    source: DataOptions,
+    batches: Annotated[str, typer.Option(help="batch sizes to time, with commas between")] = "1,64",
+    seconds: Annotated[float, typer.Option(min=0, max=86400, help="of timing, about")] = 20.0,
+    json: Annotated[Path | None, typer.Option(help="also write every figure to this file; - prints it alone")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write a report, one HTML file")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
+) -> None:
+    """Measure models against the first, on the same images and interleaved: accuracy, agreement, speed, size, attention drift."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from ..data import open_data
+    from ..errors import VitreousError
+    from ..files import writable
+    from ..prove import prove, write_report
+
+    try:
+        sizes = [int(b) for b in batches.split(",")]
+    except ValueError:
+        raise VitreousError(f"--batches {batches}: give whole numbers with commas between, as 1,16") from None
+    printed = json == Path("-")
+    for path, option in ((None if printed else json, "--json"), (report, "--report")):
+        if path is not None:
+            writable(path, overwrite, f"another {option}")
+    named = [model or "vit_fashion", *(others or ())]
+    models: dict[str, Any] = {}
+    for i, which in enumerate([model, *(others or ())]):
+        # The checkpoint is the first model's; a name, an image size and the like hold for all that are built by name.
+        how = opening if i == 0 else dataclasses.replace(opening, checkpoint=None)
+        models[_title(named, i)] = _opened(which, how)
+    first = next(iter(models.values()))
+    prepared = _told_by_file(first) if isinstance(named[0], str) and named[0].endswith(SHIPPED) else first
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        say = lambda what, share: bar.update(task, description=what, completed=share)
+        told = lambda done, total: say("looking through the data", done / max(total, 1))
+        data = open_data(source.data, prepared, limit=source.limit, seed=source.seed, download=source.download, progress=told)
+        proof = prove(models, data, batches=sizes, seconds=seconds, threads=opening.threads, seed=source.seed, progress=say)
+    if json is not None and not printed:
+        proof.save(json)
+    if report is not None:
+        write_report(proof, report, title=f"{', '.join(models)} on {data.name}")
+    if printed:
+        print(proof.to_json())
+        return
+    console = Console()
+    console.print(proof, width=max(console.width, proof.width))
+    for line in filter(None, (proof.note, *(m.coverage and f"{m.name}: {m.coverage}" for m in proof.models))):
+        console.print(line, highlight=False, markup=False)
+    for path in filter(None, (None if printed else json, report)):
+        console.print(f"written to {path}", highlight=False, markup=False)
+
+
+def _title(named: list[str], i: int) -> str:
+    """A file's own name where no other is called so."""
+    short = [Path(n).name for n in named]
+    return short[i] if short.count(short[i]) == 1 else f"{i + 1}. {named[i]}"
+
+
+def _opened(which: str | None, opening: ModelOptions) -> Any:
+    if which is None or not which.endswith(SHIPPED):
+        return opening.open(which)
+    from ..ship import Runtime
+
+    return Runtime(which, threads=opening.threads)
+
+
+def _told_by_file(runtime: Any) -> Any:
+    """What a shipped file says about its images, where data look for it on a model."""
+    from ..errors import VitreousError
+
+    card = runtime.card
+    if "preprocess" not in card:
+        raise VitreousError(f"{runtime.path} does not say how its images are prepared: name the model that it came from first")
+    classes = card.get("classes")
+    kwargs = card.get("model", {}).get("kwargs", {})
+    return SimpleNamespace(
+        pretrained_cfg={**card["preprocess"], **({"label_names": classes} if classes else {})},
+        num_classes=len(classes) if classes else kwargs.get("num_classes"),
+    )
