@@ -148,7 +148,8 @@ def _entered(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, Tensor]:
     runs on one image, which shows whether it can; on more only where what reaches the layer is not `x` itself.
     """
     told = next((m for m in model.modules() if _config(m).get("mean")), None)
-    asked = told or next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), model)
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), model)
+    asked = first if told is None else told  # a compiled model has no truth value
     read: list[Tensor] = []
 
     def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ ordinary `nn.Module` with a `History`, from which `save` and `load` build it aga
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from .calibrate import images
 from .calls import checked, read_calls
+from .copies import bare, in_float32
 from .errors import VitreousError, nearest
 from .folders import locked
 from .schema import fits, named, read_json, short
@@ -47,6 +47,7 @@ class Step:
 
     family: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
+    wide: ClassVar[bool] = False  # works in float32, on a model in half precision too
     # The keys of its plan and the type hint of each, by which saved plans are checked; one that allows None may be missing.
     plans: ClassVar[dict[str, Any]] = {}
 
@@ -96,15 +97,17 @@ class Step:
         if self.needs_calibration and calibration is None:
             raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
         refuse_nan(model)
-        new = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # what is changed is compiled anew
+        with torch.inference_mode(False):
+            new = bare(model)
+            calibration = calibration.clone() if calibration is not None and calibration.is_inference() else calibration
         untied = untie(new)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), in_float32(new) if self.wide else nullcontext():
             torch.manual_seed(0)
             plan = self.plan(new, calibration)
             self.build(new, plan)
             plan = plan | (self.fit(new, calibration) or {})
-            if covers := self.covers(new, calibration):
-                plan["covers"] = covers
+        if covers := self.covers(new, calibration):
+            plan["covers"] = covers
         if untied:
             plan["untied"] = untied
             first = ", ".join(untied[:3]) + (f" and {len(untied) - 3} more" if len(untied) > 3 else "")
@@ -252,7 +255,7 @@ def slim(
         with locked(kept, "--resume") if kept else nullcontext(), working(Work(say, kept, key)):
             model = s._applied(model, calibration)
         say(1.0)
-    return model if todo else copy.deepcopy(model).eval()
+    return model if todo else bare(model)
 
 
 def kept_in(resume: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from .checkpoints import Checkpoint, as_built, fill, read, read_safetensors, trained_as
+from .copies import bare
 from .data.transform import preparation
 from .errors import VitreousError
 from .expects import class_names, expect, expectations, restore
@@ -209,7 +209,7 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
         raise VitreousError(f"{path} is damaged: its weights are not those that were written. Take another copy of it")
     record = read_record(metadata[KEY], str(path), pretrained)
     if base is not None:
-        model = copy.deepcopy(base).eval()
+        model = bare(base)
     elif record.base is None:
         raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
     else:
@@ -226,10 +226,9 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise VitreousError(f"the recipe inside {path} does not fit its model: {s.name}: {reason}") from error
         model.eval()
-    for name, p in state.items():  # weights come back in the precision they were saved in
-        if name in model.state_dict() and p.is_floating_point() and model.state_dict()[name].dtype != p.dtype:
-            model = model.to(p.dtype)
-            break
+    for name, own in (*model.named_parameters(), *model.named_buffers()):  # each comes back in the precision it was saved in
+        if name in state and own.is_floating_point() and state[name].is_floating_point():
+            own.data = own.data.to(state[name].dtype)
     fill(model, Checkpoint(str(path), state))
     refuse_nan(model)
     refuse_overflow(model, str(path))

@@ -413,7 +413,11 @@ def test_token_steps_before_and_after(model: nn.Module, images: Tensor, others: 
 
 def test_integers_are_what_is_stored(small: nn.Module, model: nn.Module) -> None:
     kinds = {k: v.dtype for k, v in small.state_dict().items()}
-    assert {k for k, d in kinds.items() if d.is_floating_point} == {"patch_embed.proj.scale", "head.out.scale"}
+    # Where floats enter and leave, and where token steps compute in floats.
+    scales = {"patch_embed.proj.scale", "head.out.scale"} | {
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("middle", "after", "attn.scale_q", "attn.scale_k", "attn.scale_scores")
+    }
+    assert {k for k, d in kinds.items() if d.is_floating_point} == scales
     weights = [m.weight for m in small.modules() if isinstance(m, IntegerLinear)]
     assert all(w.dtype == torch.int8 for w in weights) and sum(w.numel() for w in weights) == sum(
         m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))

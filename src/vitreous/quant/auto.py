@@ -46,7 +46,7 @@ class Balanced(Quantizer):
         self.register_buffer("offset", torch.zeros(inputs))
 
     def quantized(self, x: Tensor) -> Tensor:
-        return super().quantized(x * self.factor + self.offset)
+        return super().quantized((x * self.factor + self.offset).to(x))
 
 
 @step("quant")

@@ -91,7 +91,8 @@ class InputGram:
             raise VitreousError(
                 f"'{self.name}' is given NaN or infinity on the calibration images: check the transform and the weights"
             )
-        self.total = self.total.to(x.device) + x.T @ x
+        with torch.autocast(x.device.type, enabled=False):  # of the model's own
+            self.total = self.total.to(x.device) + x.T @ x
         self.rows += len(x)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VitreousError
+from ..outputs import answer
 from ..steps import step
 from .calibration import search, set_grids, watch
 from .isvit import fit_weight
@@ -135,7 +136,7 @@ def importance(
     of_inputs: Loss = {name: dict.fromkeys(choices(activations), 0.0) for name in read}
     with torch.enable_grad():
         for image in images.split(1):
-            out = model(image.clone().requires_grad_(True))
+            out = answer(model(image.clone().requires_grad_(True)))
             drawn, asked = (out * torch.randn_like(out)).sum(), [*tensors.values(), *read.values()]
             slopes = torch.autograd.grad(drawn, asked, allow_unused=True, materialize_grads=True)
             for name, slope in zip(tensors, slopes[: len(tensors)], strict=True):

@@ -28,6 +28,10 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return shift_right(x, torch.tensor(by, device=x.device))
 
 
+def _number(value: int | Tensor, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, device=like.device)
+
+
 def _over(number: int, x: Tensor) -> Tensor:
     return divide(torch.tensor(number, device=x.device), x)
 
@@ -104,18 +108,19 @@ def _bits(x: Tensor) -> Tensor:
 # ---- what is not linear (sections 3.3 to 3.5); `one` is the integer that stands for 1, so its inverse is the scale
 
 
-def shift_exp(x: Tensor, one: int, n: int) -> Tensor:
+def shift_exp(x: Tensor, one: int | Tensor, n: int) -> Tensor:
     """About one·2^n·e^(−x/one), at least `one`, for integers `x` from 0. ShiftExp, section 3.3.
 
     e^x is 2^(x·log2(e)), where log2(e) is nearly 1.0111 in binary, and between two powers 2^(−r) is nearly 1 − r/2.
     """
     x = x + _shift(x + 1, 1) - _shift(x + 15, 4)
-    x = x.clamp(max=n * one)
-    q = divide(x, torch.tensor(one, device=x.device))
+    one = _number(one, x)
+    x = torch.minimum(x, n * one)
+    q = divide(x, one)
     return shift_right((2 * one - (x - q * one)) * 2**n, q + 1)
 
 
-def shiftmax(x: Tensor, one: int) -> Tensor:
+def shiftmax(x: Tensor, one: int | Tensor) -> Tensor:
     """Softmax over the last dimension, in 2^14ths, which two int8 hold. Shiftmax, algorithm 1."""
     x = x.to(torch.int64)
     e = shift_exp(x.amax(-1, keepdim=True) - x, one, SOFTMAX_N)
@@ -123,12 +128,13 @@ def shiftmax(x: Tensor, one: int) -> Tensor:
     return _shift(p, 62 - SOFTMAX_BITS).clamp(max=2**SOFTMAX_BITS - 1)
 
 
-def shift_gelu(x: Tensor, one: int) -> Tensor:
+def shift_gelu(x: Tensor, one: int | Tensor) -> Tensor:
     """x·σ(1.702·x), in 2^15ths of the step of `x`, where `one` stands for 1/1.702. ShiftGELU, algorithm 2.
 
     σ is e^(x − m)/(e^(x − m) + e^(−m)) for any m. Here m is max(x, 0), so that one of the two is 1 and none vanishes.
     """
     x = x.to(torch.int64)
+    one = _number(one, x)
     e, top = shift_exp(x.abs(), one, SIGMOID_N), one * 2**SIGMOID_N
     above = torch.where(x < 0, e, top)
     return x * _shift(above * _over(2**62 - 1, e + top), 62 - SIGMOID_BITS)
@@ -238,6 +244,6 @@ def dequantizing_linear(layer: nn.Linear, x: Grid) -> IntegerLinear:
     return IntegerLinear(w, Scale(scale * x.scale, bias.double() - x.zero * w.double().sum(1) * scale * x.scale))
 
 
-def to_grid(x: Tensor, scale: float) -> Tensor:
+def to_grid(x: Tensor, scale: Tensor) -> Tensor:
     """Floats to 16-bit integers: where a token step has computed."""
     return (x / scale).round().clamp(*INT16).to(torch.int32)

@@ -40,8 +40,8 @@ class ShiftUniformLog2(FakeQuantizer):
         return straight_through(x, self.on_grid)
 
     def on_grid(self, x: Tensor) -> Tensor:
-        q = (x + self.shift).log2_().sub_(self.low).div_(self.width).round_().clamp_(0, 2**self.bits - 1)
-        return q.mul_(self.width).add_(self.low).round_().exp2_().sub_(self.shift)
+        q = (x.float() + self.shift).log2_().sub_(self.low).div_(self.width).round_().clamp_(0, 2**self.bits - 1)
+        return q.mul_(self.width).add_(self.low).round_().exp2_().sub_(self.shift).to(x)
 
     def cover(self, low: Tensor, high: Tensor, shift: float) -> None:
         """Use the shift η, and spread the steps from `low` to `high`."""

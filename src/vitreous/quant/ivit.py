@@ -60,6 +60,11 @@ class IntegerAttention(PlainAttention):
 
     low_bits = "A8A8"
 
+    one: Tensor
+    scale_q: Tensor
+    scale_k: Tensor
+    scale_scores: Tensor
+
     def __init__(self, attn: nn.Module, name: str, ranges: Ranges, x: Grid, residual: Grid, gamma: Tensor | None) -> None:
         super().__init__(attn)
         heads, scale = cast(int, attn.num_heads), cast(float, attn.scale)
@@ -72,13 +77,15 @@ class IntegerAttention(PlainAttention):
                 delattr(self, old)
         self.qkv = integer_linear(weight, bias, x, Grid(1.0), out=out)
         self.num_heads = heads
-        scores, self.one = Grid.inverse(ranges[f"{name}.scores"])
+        scores, one = Grid.inverse(ranges[f"{name}.scores"])
         self.scores = Requantize(torch.tensor(q.scale * k.scale * scale / scores.scale), *INT16)
         mixed = Grid.skewed(ranges[f"{name}.proj.in"])
         self.mixed = Requantize(torch.tensor(v.scale / 2**SOFTMAX_BITS / mixed.scale), *INT8, torch.tensor(mixed.zero))
         proj = cast(nn.Linear, attn.proj)
         self.proj = integer_linear(proj.weight, proj.bias, mixed, residual, gamma)
-        self.scale_q, self.scale_k, self.scale_scores = q.scale, k.scale, scores.scale
+        self.register_buffer("one", torch.tensor(one))
+        for part, grid in (("q", q), ("k", k), ("scores", scores)):
+            self.register_buffer(f"scale_{part}", torch.tensor(grid.scale, dtype=torch.float32))
 
     def forward(self, x: Tensor, bias: Tensor | None = None, look: bool = False, fuse: Any = None, turn: Any = None) -> Any:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -95,9 +102,12 @@ class IntegerAttention(PlainAttention):
 class IntegerMlp(nn.Module):
     """int8 tokens `[B, N, C]` to integers on the residual grid."""
 
+    one: Tensor
+
     def __init__(self, mlp: Any, name: str, ranges: Ranges, x: Grid, residual: Grid, gamma: Tensor | None) -> None:
         super().__init__()
-        inner, self.one = Grid.inverse(ranges[f"{name}.fc1.out"], SIGMOID)
+        inner, one = Grid.inverse(ranges[f"{name}.fc1.out"], SIGMOID)
+        self.register_buffer("one", torch.tensor(one))
         hidden = Grid.skewed(ranges[f"{name}.fc2.in"])
         self.fc1 = integer_linear(mlp.fc1.weight, mlp.fc1.bias, x, inner)
         self.act = Requantize(torch.tensor(inner.scale / 2**SIGMOID_BITS / hidden.scale), *INT8, torch.tensor(hidden.zero))
@@ -113,6 +123,9 @@ class IntegerBlock(PlainBlock):
     Reducers are shown floats, and what they return is put on the grid again.
     """
 
+    middle: Tensor  # the scales of the residual after attention, and of the output
+    after: Tensor
+
     def __init__(self, block: PlainBlock, ranges: Ranges, before: Grid, first: bool) -> None:
         super().__init__(block, block.name, block.last)
         self.first = first
@@ -125,7 +138,8 @@ class IntegerBlock(PlainBlock):
         self.mlp = IntegerMlp(block.mlp, f"{name}.mlp", ranges, x2, after, layer_scale(block, 2))
         self.keep1 = Requantize(torch.tensor(before.scale / middle.scale), *INT16)
         self.keep2 = Requantize(torch.tensor(middle.scale / after.scale), *INT16)
-        self.middle, self.after = middle, after
+        self.register_buffer("middle", torch.tensor(middle.scale, dtype=torch.float32))
+        self.register_buffer("after", torch.tensor(after.scale, dtype=torch.float32))
         for old in ("ls1", "ls2", "gamma_1", "gamma_2"):
             if hasattr(self, old):
                 delattr(self, old)
@@ -138,12 +152,12 @@ class IntegerBlock(PlainBlock):
         y, *seen = self.attn(self.norm1(x), bias, look=True) if len(self.reducers) else (self.attn(self.norm1(x), bias),)
         x = (self.keep1(x) + y).clamp(*INT16)
         for reducer in self._reducers("between"):
-            tokens = reducer(tokens._replace(x=x.float() * self.middle.scale), *seen, bias, self)
-            x, seen = to_grid(tokens.x, self.middle.scale), [None, None]  # as in a PlainBlock
+            tokens = reducer(tokens._replace(x=x.float() * self.middle), *seen, bias, self)
+            x, seen = to_grid(tokens.x, self.middle), [None, None]  # as in a PlainBlock
         x = (self.keep2(x) + self.mlp(self.norm2(x))).clamp(*INT16)
         for reducer in self._reducers("after"):
-            tokens = reducer(tokens._replace(x=x.float() * self.after.scale), *seen, bias, self)
-            x = to_grid(tokens.x, self.after.scale)
+            tokens = reducer(tokens._replace(x=x.float() * self.after), *seen, bias, self)
+            x = to_grid(tokens.x, self.after)
         return tokens._replace(x=x).handed_on(self.last)
 
 
@@ -178,6 +192,7 @@ class IViT(Step):
     """
 
     needs_calibration: ClassVar[bool] = True
+    wide: ClassVar[bool] = True
     plans: ClassVar[dict[str, Any]] = {"ranges": dict[str, list[float]], "outside": dict[str, str]}
     deployable: ClassVar[bool] = True
 
@@ -203,9 +218,11 @@ class IViT(Step):
         blocks = plain_blocks(model, self.name)
         first = blocks[0].name
         tokens = Grid.signed(ranges["tokens"], 16)
-        for name, tensor in list(model.named_parameters(recurse=False)):  # class tokens and positions
-            delattr(model, name)
-            model.register_buffer(name, (tensor.detach().double() / tokens.scale).round().to(torch.int32))
+        parts = first.split(".")
+        for owner in (model.get_submodule(".".join(parts[:i])) for i in range(len(parts))):
+            for name, tensor in list(owner.named_parameters(recurse=False)):  # class tokens and positions
+                delattr(owner, name)
+                owner.register_buffer(name, (tensor.detach().double() / tokens.scale).round().to(torch.int32))
         before = tokens
         for name, kind in outside.items():
             if kind == "before":
@@ -214,7 +231,7 @@ class IViT(Step):
         for block in blocks:
             new = IntegerBlock(block, ranges, before, first=block is blocks[0])
             put(model, block.name, new)
-            before = new.after
+            before = Grid.signed(ranges[f"{block.name}.out"], 16)
         heads = [name for name, kind in outside.items() if kind == "head"]
         for name, kind in outside.items():
             layer: Any = model.get_submodule(name)

@@ -64,7 +64,7 @@ class LRPQViT(PostTraining):
             return {}
         try:
             scores = layer_relevance(model, calibration[:IMAGES])
-        except VitreousError as error:
+        except (VitreousError, RuntimeError) as error:  # autocast inside the model mixes precisions, in which nothing is followed
             raise VitreousError(f"{self.name} cannot weigh the layers of this model: {error}; or set mixed=False") from None
         units = _units(model, calibration[:1], layers)
         chosen = allocate(

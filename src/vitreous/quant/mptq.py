@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import PlainAttention, PlainBlock
+from ..outputs import answer
 from ..steps import step
 from ..work import Work, tick, working
 from .calibration import watch
@@ -83,7 +84,7 @@ class MPTQ(PostTraining):
         softmax = not self.deployable if self.softmax is None else self.softmax
         choices = {kind: range(max(2, b - LOWER), min(8, b + HIGHER) + 1) for kind, b in wanted.items()}
         with torch.no_grad():
-            exact = model(images.to(next(model.parameters()))).flatten(1)
+            exact = answer(model(images.to(next(model.parameters())))).flatten(1)
         widths = sorted({b for some in choices.values() for b in some})
         for i, bits in enumerate(widths):
             with working(Work()):  # its progress is not ours
@@ -233,7 +234,7 @@ def only(model: nn.Module, wanted: list[FakeQuantizer], images: Tensor, known: M
         for quantizer in others:
             quantizer.watcher = lambda x: None
         with torch.no_grad():
-            return model(images.to(next(model.parameters()))).flatten(1)
+            return answer(model(images.to(next(model.parameters())))).flatten(1)
     finally:
         for block in blocks[:first]:
             del block.forward

@@ -42,6 +42,7 @@ class PostTraining(Step):
     reduce_range: bool | None = None
 
     needs_calibration: ClassVar[bool] = True
+    wide: ClassVar[bool] = True
     plans: ClassVar[dict[str, Any]] = {
         "reduce_range": bool,
         "layers": dict[str, list[str]],

@@ -82,6 +82,8 @@ class WeightOnly(Step):
     group: int | None = None
     rounding: Literal["nearest", "learned", "second-order"] = "nearest"
 
+    wide: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.bits not in (8, 4):
             raise VitreousError(f"{self.name}: bits must be 8 or 4, which runtimes execute, not {self.bits}")
