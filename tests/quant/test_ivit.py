@@ -116,13 +116,13 @@ class Reference:
             heads = block.attn.num_heads
             qkv = qkv.reshape(*h.shape[:2], 3, heads, -1).transpose(2, 0, 3, 1, 4)
             scores = self.move(f"{n}.attn.scores", qkv[0] @ qkv[1].swapaxes(-1, -2), *wide)
-            mixed = rows(exact_softmax, scores, block.attn.one) @ qkv[2]
+            mixed = rows(exact_softmax, scores, int(block.attn.one)) @ qkv[2]
             mixed = self.move(f"{n}.attn.mixed", mixed, *narrow).transpose(0, 2, 1, 3).reshape(*h.shape[:2], -1)
             y = self.move(f"{n}.attn.proj.out", self.linear(f"{n}.attn.proj", mixed), *wide)
             x = np.clip(self.move(f"{n}.keep1", x, *wide) + y, *wide)
             h = self.move(f"{n}.norm2.out", rows(exact_norm, x), *narrow)
             h = self.move(f"{n}.mlp.fc1.out", self.linear(f"{n}.mlp.fc1", h), *wide)
-            gelu = rows(lambda row, one: [exact_gelu(v, one) for v in row], h, block.mlp.one)
+            gelu = rows(lambda row, one: [exact_gelu(v, one) for v in row], h, int(block.mlp.one))
             y = self.move(f"{n}.mlp.fc2.out", self.linear(f"{n}.mlp.fc2", self.move(f"{n}.mlp.act", gelu, *narrow)), *wide)
             x = np.clip(self.move(f"{n}.keep2", x, *wide) + y, *wide)
         h = self.move("norm.out", rows(exact_norm, x), *narrow)[:, 0]

