@@ -7,8 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import vitreous as vt
+from vitreous.search import Goal, Job
+from vitreous.search.split import to_heal
 
 FAST = dict(batch=16, augment=None, optimiser=vt.learn.AdamW(lr=2e-4))
 
@@ -81,3 +84,34 @@ def test_the_keep_rate_falls(original, data):
     teach = [vt.learn.CrossEntropy(), vt.learn.KeepRate(0.5, 0, 2), Watch()]
     vt.train(small, (data[0][:64], data[1][:64]), teach, epochs=3, batch=16, augment=None)
     assert kept[0] == 1.0 and kept[-1] == 0.5 and 0.5 < kept[4] < 1 and kept == sorted(kept, reverse=True)
+
+
+def test_the_job_heals_before_integers(original, tmp_path):
+    learn_from = vt.data.open_data("sample", original, part="train", limit=32)
+    job = Job(tmp_path, "sample", 0, None, Goal(), 16, lambda *_: None, heal=1)
+    recipe = vt.Recipe.parse("EViT(keep=0.1, fuse=False), RepQ()")
+    calibrate = learn_from.tensor(range(8))
+    small = job._made(original, recipe, calibrate, learn_from)
+    assert [s.name for s in small.vitreous.steps()] == ["tokens.EViT", "quant.RepQ"]
+    plain = vt.slim(original, recipe, calibrate)
+    x = learn_from.tensor(range(16))
+    with torch.no_grad():
+        assert (small(x) - original(x)).norm() < (plain(x) - original(x)).norm()
+    with pytest.raises(vt.VitreousError, match="integers come last"):
+        job._made(original, vt.Recipe.parse("RepQ(), EViT()"), calibrate, learn_from)
+    with pytest.raises(vt.VitreousError, match="give --steps"):
+        job.run(original, None)
+
+
+def test_images_to_heal_on_are_not_those_of_the_proof(original, tmp_path):
+    for i in range(20):
+        folder = tmp_path / "photos" / ("ab"[i % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), i).save(folder / f"{i}.png")
+    whole = vt.data.open_data(tmp_path / "photos", original)
+    learn_from, prove = to_heal(tmp_path / "photos", original, whole, seed=0, download=False)
+    seen = [{float(d.tensor([i]).mean()) for i in range(len(d))} for d in (learn_from, prove)]
+    assert len(seen[0]) == len(seen[1]) == 10 and not seen[0] & seen[1]
+    train, test = (vt.data.open_data("sample", original, part=p, limit=3) for p in ("train", "test"))
+    learn_from, prove = to_heal("sample", original, test, seed=0, download=False)
+    assert len(learn_from) == 256 and prove is test and torch.equal(learn_from.tensor([0, 1, 2]), train.tensor([0, 1, 2]))

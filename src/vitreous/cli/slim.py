@@ -26,6 +26,9 @@ def slim(
     speedup: Annotated[float | None, typer.Option(help="times as fast as the original in torch, at least")] = None,
     latency: Annotated[float | None, typer.Option(help="milliseconds an image at batch 1, at most")] = None,
     megabytes: Annotated[float | None, typer.Option(help="of the shipped file, at most")] = None,
+    heal: Annotated[
+        float, typer.Option(min=0, help="epochs to fine-tune against the original, before the first step that quantizes")
+    ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="folder to write [default: vitreous-out, vitreous-out-2 …]")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
     resume: Annotated[Path | None, typer.Option(help="folder where long steps keep what is finished, to go on from it")] = None,
@@ -59,7 +62,7 @@ def slim(
 
         progress("opening model", 0.0)
         net = opening.open(model)
-        job = Job(aside, source.data, source.seed, opening.threads, goal, source.limit, progress, resume)
+        job = Job(aside, source.data, source.seed, opening.threads, goal, source.limit, progress, resume, heal)
         proof = job.run(net, chosen, calibrate, source.download)
     console.print(proof, width=max(console.width, 110))
     for line in (*job.notes, *job.log):

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import see, store
 from ..data import Data
 from ..errors import VitreousError
+from ..learn import heal
 from ..prove import Picture, Proof, prove, write_report
 from ..ship import Runtime
 from ..steps import Recipe, history_of, slim
 from .budget import Goal
 from .choose import Chooser, Judge
-from .split import split
+from .split import split, to_heal
 from .trial import best, exported, kept, timed
 
 PICTURES = 12
+HEAL_BATCH = 64
 SECONDS = 12.0  # of timing in the proof
 QUICK = 2e9  # multiply-accumulates of an image up to which 64 at once are timed too
 
@@ -38,8 +40,10 @@ class Job:
         limit: int | None,
         progress: Callable[[str, float], None],
         resume: Path | None = None,
+        heal: float = 0.0,
     ) -> None:
         self.folder, self.source, self.seed, self.threads, self.resume = folder, data, seed, threads, resume
+        self.heal = heal
         self.goal, self.limit, self.progress = goal, limit, progress
         self.notes: list[str] = []  # what one must know to understand the figures
         self.log: list[str] = []  # what was tried, and how it went
@@ -51,6 +55,8 @@ class Job:
         """
         if self.threads:
             torch.set_num_threads(self.threads)
+        if self.heal and recipe is None:
+            raise VitreousError("--heal teaches what given steps made: give --steps or --recipe too, as --steps 'EViT(), RepQ()'")
         self.progress("opening the data", 0.0)
         images = split(
             self.source,
@@ -63,6 +69,9 @@ class Job:
             progress=lambda done, total: self.progress("looking through the data", done / max(total, 1)),
         )
         data = images.prove
+        learn_from: Data | None = None
+        if self.heal:
+            learn_from, data = to_heal(self.source, net, data, seed=self.seed, download=download)
         self.log += [*store.about(net), str(images)]
         if data.skipped:
             self.notes.append(f"{len(data.skipped)} files skipped, named in the report and in proof.json")
@@ -75,7 +84,7 @@ class Job:
             chooser = Chooser(net, judge, images.calibrate, self.goal, self.progress, self.log)
             options = chooser.options()
         else:
-            options = {"the recipe": slim(net, recipe, images.calibrate, self.progress, self.resume)}
+            options = {"the recipe": self._made(net, recipe, images.calibrate, learn_from)}
         tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
         trials, shipments = exported(options, self.folder, tried, self.threads, self.progress, self.log)
         timed(trials, net, tried, self.goal, self.progress)
@@ -99,6 +108,29 @@ class Job:
         said: dict[str, Any] = dict(recipe=done, pictures=pictures, notes=self.notes, log=self.log, facts=facts)
         write_report(proof, self.folder / "report.html", title=title, **said)
         return proof
+
+    def _made(self, net: nn.Module, recipe: Recipe, calibrate: Tensor, learn_from: Data | None) -> nn.Module:
+        """`net` through the recipe; with images to learn from it is healed before the first step that quantizes."""
+        if learn_from is None:
+            return slim(net, recipe, calibrate, self.progress, self.resume)
+        first = next((i for i, s in enumerate(recipe.steps) if s.family == "quant"), len(recipe.steps))
+        if late := [s.name for s in recipe.steps[first:] if s.family != "quant"]:
+            raise VitreousError(f"with --heal integers come last: put {late[0]} before {recipe.steps[first].name}")
+        small = slim(net, recipe.steps[:first], calibrate, self.progress, self.resume)
+        run = None if self.resume is None else self.resume / "heal"
+        small = heal(
+            small,
+            net,
+            learn_from,
+            epochs=self.heal,
+            batch=min(HEAL_BATCH, len(learn_from)),
+            augment="shift",
+            seed=self.seed,
+            out=run,
+            progress=lambda line, share: self.progress("healing", share),
+        )
+        self.notes.append(f"healed for {self.heal:g} epochs on {len(learn_from)} images, none of which it is proven on")
+        return slim(small, recipe.steps[first:], calibrate, self.progress, self.resume)
 
     def _proof(self, net: nn.Module, small: nn.Module, runtime: Runtime, data: Data) -> Proof:
         models: dict[str, Any] = {"original": net, "slimmed": small, "shipped": runtime}

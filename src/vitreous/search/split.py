@@ -77,6 +77,16 @@ def split(
     return Split(held, data.part(order[:n]), data.part(order[n:]))
 
 
+def to_heal(source: str | Path, model: nn.Module, prove: Data, *, seed: int, download: bool) -> tuple[Data, Data]:
+    """Images to learn from, and those that are left to prove on: the training part, or else half of `prove`."""
+    if _has_train(source):
+        return open_data(source, model, part="train", seed=seed, download=download), prove
+    half = len(prove) // 2
+    if half < 1:
+        raise VitreousError(f"{source} has too few images to heal on some and prove on others: add images, or a train folder")
+    return prove.part(range(half)), prove.part(range(half, len(prove)))
+
+
 def _has_train(source: str | Path) -> bool:
     folder = Path(source).expanduser()
     return source in NAMES or (folder.is_dir() and split_parts(folder)[1] is not None)
