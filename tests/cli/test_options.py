@@ -17,7 +17,7 @@ from vitreous.cli import app
 from vitreous.cli.options import DataOptions, ModelOptions
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
-ALONE = {"steps", "systems"}  # they open no model
+ALONE = {"steps", "systems", "run"}  # they open no model
 WITHOUT_DATA = {"see", "anatomy"}
 
 

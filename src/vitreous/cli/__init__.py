@@ -16,7 +16,9 @@ from .faithful import faithful
 from .heads import heads
 from .merge import merge
 from .prove import prove
+from .run import run
 from .see import see
+from .ship import ship
 from .slim import slim
 from .steps import steps
 from .studio import studio
@@ -34,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (slim, prove, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
+for command in (slim, ship, run, prove, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
     app.command()(command)
 
 

@@ -23,8 +23,12 @@ class Named(nn.Module):
         super().__init__()
         self.model = plain(model)
         self.called = type(self.model).__name__
-        with torch.no_grad():
-            out = self.model(images[:2])
+        try:
+            with torch.no_grad():
+                out = self.model(images[:2])
+        except Exception as error:  # of whatever kind: it is the model's own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise VitreousError(f"{self.called} fails on images of shape {list(images[:2].shape)}: {reason}") from error
         found, told = tensors(out), answer(out)
         self.keys = list(found)
         classes = not embeds(self.model, images[:1])

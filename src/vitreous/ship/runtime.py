@@ -49,7 +49,8 @@ class Runtime:
     Attributes:
         path: the file. engine: "OpenVINO" or "ONNX Runtime". threads: as above.
         precision: "int8", "fp32", "bf16" or "fp16", of most of the work. floats: of what is not integers. outputs: their names.
-        card: what the file says about itself (`ship.card`). integer_ops: matmuls and convolutions run in
+        sizes: of each output, without the batch. pictures: whether it prepares its pictures. card: what the file says about
+        itself (`ship.card`). integer_ops: matmuls and convolutions run in
         integers on this machine. packed_ops: matmuls of floats with weights that stay packed in memory. shape: (batch or
         None, C, H, W), or of pictures.
     """
@@ -85,11 +86,11 @@ class Runtime:
         if images.ndim != 4 or any(have not in (None, got) for have, got in zip(self.shape, images.shape, strict=True)):
             wanted = "x".join("any" if size is None else str(size) for size in self.shape)
             raise VitreousError(f"{self.path.name} takes images of {wanted}, not {'x'.join(map(str, images.shape))}")
-        if self._pictures != (images.dtype == torch.uint8):
-            wanted = "uint8 pictures" if self._pictures else "prepared images of floats"
+        if self.pictures != (images.dtype == torch.uint8):
+            wanted = "uint8 pictures" if self.pictures else "prepared images of floats"
             raise VitreousError(f"{self.path.name} takes {wanted}, not {str(images.dtype).removeprefix('torch.')}")
         images = images.detach().cpu()
-        given = self._run(np.ascontiguousarray((images if self._pictures else images.float()).numpy()))
+        given = self._run(np.ascontiguousarray((images if self.pictures else images.float()).numpy()))
         found = {name: torch.from_numpy(array) for name, array in zip(self.outputs, given, strict=True)}
         return found if len(found) > 1 else found[self.outputs[0]]
 
@@ -158,9 +159,9 @@ class Runtime:
         self.floats = str(SAID.get(said, said))
         self.precision = "int8" if self.integer_ops else self.floats
         self.outputs = tuple(out.get_any_name() if out.get_names() else f"output_{i}" for i, out in enumerate(compiled.outputs))
-        self._pictures = compiled.input(0).get_element_type() == openvino.Type.u8
-        sizes = compiled.input(0).get_partial_shape()
-        self.shape = tuple(None if size.is_dynamic else size.get_length() for size in sizes)
+        self.sizes = {name: _sizes(out)[1:] for name, out in zip(self.outputs, compiled.outputs, strict=True)}
+        self.pictures = compiled.input(0).get_element_type() == openvino.Type.u8
+        self.shape = _sizes(compiled.input(0))
         idle: deque[Any] = deque()  # a request holds the images and answers of one call, so no two calls share one
 
         def run(images: np.ndarray) -> list[np.ndarray]:
@@ -207,9 +208,14 @@ class Runtime:
         given, told = session.get_inputs()[0], session.get_modelmeta().custom_metadata_map
         self.card = {name: json.loads(told[name]) for name in FIELDS if name in told}
         self.outputs = tuple(out.name for out in session.get_outputs())
-        self._pictures = given.type == "tensor(uint8)"
+        self.sizes = {o.name: tuple(n if isinstance(n, int) else None for n in o.shape[1:]) for o in session.get_outputs()}
+        self.pictures = given.type == "tensor(uint8)"
         self.shape = tuple(size if isinstance(size, int) else None for size in given.shape)
         return lambda images: [np.asarray(array) for array in session.run(None, {given.name: images})]
+
+
+def _sizes(port: Any) -> tuple[int | None, ...]:
+    return tuple(None if size.is_dynamic else size.get_length() for size in port.get_partial_shape())
 
 
 def _told(graph: Any, *path: str) -> str:

@@ -144,11 +144,11 @@ def ship_all(
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise VitreousError("the model is not on the CPU: call model.cpu() before shipping it")
     images = _images(model, example, -(-IMAGES // (batch or 1)) * (batch or 1))
-    about = card(model)
     with EXPORTING, _evaluating(model):
         inner, sides = plain(model), None
+        about = card(inner)
         if with_preprocessing:
-            inner, sides = WithPreprocessing(inner, preprocess(model)).eval(), (1, 2)
+            inner, sides = WithPreprocessing(inner, preprocess(inner)).eval(), (1, 2)
             images = _pictures(len(images), about["preprocess"]["input_size"])
         named = Named(inner, images)
         # traced with two images: torch takes a batch of one for a constant
@@ -226,10 +226,10 @@ def _images(model: nn.Module, example: Tensor | None, count: int) -> Tensor:
         if example.ndim != 4 or len(example) == 0:
             raise VitreousError(f"example has shape {tuple(example.shape)}: give images [B, C, H, W]")
         return example.detach().cpu().float()[torch.arange(count) % len(example)]
-    config = getattr(model, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else getattr(config, "input_size", None)
-    if not size:
-        raise VitreousError(f"{type(model).__name__} has no pretrained_cfg with an input_size: give example images")
+    try:
+        size = preprocess(plain(model))["input_size"]
+    except VitreousError as error:
+        raise VitreousError(f"{error}: give example images") from error
     return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
 
 
