@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
 from vitreous.models import dyn_perceiver as dp
-from vitreous.models.early_exit import _thresholds, calibrate_exits, dynamic, exit_macs
+from vitreous.models.early_exit import HELD, _planned, _thresholds, calibrate_exits, dynamic, exit_macs
 from vitreous.models.official import load_official, variants
 from vitreous.prove.cost import macs
 from vitreous.ship import ship_all
@@ -137,6 +137,28 @@ def test_thresholds_follow_the_plan() -> None:
     left[first.indices] = False
     assert abs(thresholds[1].item() - confidence[1][left].topk(20).values[-1].item()) < 1e-6
     assert thresholds[2] == torch.inf and thresholds[3] == -torch.inf
+
+
+def test_exits_are_held_back_as_published() -> None:
+    """By hand, at a ratio of 2: shares of 1, 2, 4, 8 fifteenths; the first keeps 0.85 of its, the third half of what it has."""
+    first = 0.85 / 15
+    rest = (1 - first) / 14  # of 2, 4 and 8
+    expected = [first, 2 * rest, 2 * rest, 10 * rest]
+    assert _planned(np.log(2), HELD).tolist() == pytest.approx(expected)
+    assert _planned(np.log(2), (1, 1, 1, 1)).tolist() == pytest.approx([1 / 15, 2 / 15, 4 / 15, 8 / 15])
+    for log_ratio in (-40.0, -1.0, 0.0, 3.0, 40.0):
+        shares = _planned(log_ratio, HELD)
+        assert shares.sum() == pytest.approx(1) and shares.min() >= 0
+
+
+def test_a_budget_is_planned_with_the_published_factors() -> None:
+    model = small()
+    images = torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    costs = exit_macs(model, (3, 32, 32))
+    shares = calibrate_exits(model, images, budget=0.5 * (costs[0] + costs[3])).shares
+    half_ratio = shares[2] / shares[1]  # at a ratio r between exits the shares are 1, r, r²/2 and r³ + r²/2 from the second on
+    assert shares[3] / shares[1] == pytest.approx((2 * half_ratio) ** 2 + half_ratio, rel=0.2)
+    assert calibrate_exits(model, images, budget=costs[0]).shares[0] == 1  # too little for images to pass the first exit
 
 
 def single(images: Tensor) -> Iterator[Tensor]:

@@ -2,7 +2,8 @@
 
 The procedure is that of Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018,
 section 4, as Dynamic Perceiver uses it: a share of images is planned for each exit, geometric in the exit's number, and an
-exit's threshold is the confidence of the last image of its share, among held-out images that no earlier exit took.
+exit's threshold is the confidence of the last image of its share, among held-out images that no earlier exit took. Dynamic
+Perceiver's official code then holds back some exits (`HELD`), and hands what they give up to those behind them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..errors import VitreousError
 from ..macs import CountMacs
 from .dyn_perceiver import DynPerceiver
+
+HELD = (0.85, 1.0, 0.5, 1.0)  # factors on the planned shares of the four exits: early, attention, convolution, merged
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def calibrate_exits(
     Args:
         images: held-out images [N, C, H, W] of one size, or batches of them, with or without labels (which are not used);
             not the ones that accuracy is then measured on.
-        budget: the largest mean MACs; of the geometric distributions the costliest within it is taken.
+        budget: the largest mean MACs; of the planned distributions the costliest within it is taken. One that is too small for
+            any of them, as `HELD` sends images past the first exit, is planned without `HELD`.
         shares: four, not negative, that sum to 1.
 
     Raises VitreousError when neither or both are given, and for a budget below the first exit's own MACs.
@@ -87,10 +91,14 @@ def calibrate_exits(
         if budget < macs[0]:
             raise VitreousError(f"a budget of {budget:g} MACs is below the first exit's {macs[0]}: choose a smaller model")
         low, high = -40.0, 40.0  # of the logarithm of the ratio between two exits' shares; low stops all images at once
-        thresholds, stopped = _thresholds(confidence, _geometric(low, len(costs)))
+        held = HELD
+        thresholds, stopped = _thresholds(confidence, _planned(low, held))
+        if stopped @ costs > budget:
+            held = (1.0,) * len(costs)
+            thresholds, stopped = _thresholds(confidence, _planned(low, held))
         for _ in range(30):
             middle = (low + high) / 2
-            tried = _thresholds(confidence, _geometric(middle, len(costs)))
+            tried = _thresholds(confidence, _planned(middle, held))
             if tried[1] @ costs <= budget:
                 low, (thresholds, stopped) = middle, tried
             else:
@@ -140,9 +148,19 @@ def _confidence(model: DynPerceiver, images: Tensor | Iterable[Tensor | tuple[Te
     return torch.cat(found, dim=1), exit_macs(model, shape)
 
 
-def _geometric(log_ratio: float, exits: int) -> Tensor:
-    """Shares in which every exit takes exp(log_ratio) times what the one before it does."""
-    return (log_ratio * torch.arange(exits, dtype=torch.float64)).softmax(0)
+def _planned(log_ratio: float, held: Sequence[float]) -> Tensor:
+    """Shares in which every exit takes exp(log_ratio) times what the one before it does, each then multiplied by its factor.
+
+    What an exit gives up goes to those behind it, in proportion to their shares.
+    """
+    shares = (log_ratio * torch.arange(len(held), dtype=torch.float64)).softmax(0)
+    for i, factor in enumerate(held[:-1]):
+        given_up = (1 - factor) * shares[i]
+        shares[i] -= given_up
+        behind = shares[i + 1 :]
+        # Behind a steep fall nothing may be left to be in proportion to: then the next exit takes all.
+        behind += given_up * (behind / behind.sum() if behind.sum() > 0 else torch.eye(len(behind), dtype=torch.float64)[0])
+    return shares
 
 
 def _thresholds(confidence: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

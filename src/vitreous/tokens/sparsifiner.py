@@ -26,12 +26,13 @@ class ConnectivityPredictor(nn.Module):
 
     Keys are projected down to a few (`down`), a softmax of each query against them gives the coefficients of a learned basis
     (`up`), both made sparse: the 8 largest coefficients, the basis entries above a threshold. Their product ranks the keys of
-    each query, of which the `keep` best are connected. Prefix tokens attend to all, and are among the keys of all.
+    each query, of which the `keep` best are connected. Prefix tokens attend to all; as keys they are ranked like the others.
+    As in the official code, what the softmax reads is scaled by the number of heads, and not by their width.
     """
 
-    def __init__(self, tokens: int, head_dim: int, prefix: int, keep: int) -> None:
+    def __init__(self, tokens: int, head_dim: int, heads: int, prefix: int, keep: int) -> None:
         super().__init__()
-        self.tokens, self.prefix, self.keep = tokens, prefix, keep
+        self.tokens, self.heads, self.prefix, self.keep = tokens, heads, prefix, keep
         rank, channels = max(1, tokens // FEWER_TOKENS), max(1, head_dim // FEWER_CHANNELS)
         self.down_q, self.down_k = nn.Linear(head_dim, channels), nn.Linear(head_dim, channels)
         self.down, self.up = nn.Parameter(torch.empty(tokens, rank)), nn.Parameter(torch.empty(tokens, rank))
@@ -49,13 +50,13 @@ class ConnectivityPredictor(nn.Module):
         scores = weights.where(weights >= best, 0.0) @ basis.mT
         # Where the sparse product is 0 for more than it may drop, the first win, in every runtime.
         place = torch.arange(self.tokens, device=scores.device)
-        scores = scores - place * 1e-6 + (place < self.prefix) * 1e3
+        scores = scores - place * 1e-6
         connected = torch.zeros_like(scores).scatter(-1, scores.topk(self.keep).indices, 1.0) > 0
         return connected | (place < self.prefix)[:, None]
 
     def _coefficients(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = self.down_q(q), self.down_k(k)
-        return (q * q.shape[-1] ** -0.5 @ (k.mT @ self.down)).softmax(-1)
+        return (q * self.heads**-0.5 @ (k.mT @ self.down)).softmax(-1)
 
 
 class SparseAttention(PlainAttention):
@@ -68,8 +69,9 @@ class SparseAttention(PlainAttention):
     def __init__(self, attn: PlainAttention, tokens: int, prefix: int, budget: float) -> None:
         super().__init__(attn)
         self.operands = attn.operands
-        head_dim = cast(nn.Linear, self.proj).in_features // cast(int, self.num_heads)
-        self.predictor = ConnectivityPredictor(tokens, head_dim, prefix, math.ceil(budget * tokens))
+        heads = cast(int, self.num_heads)
+        head_dim = cast(nn.Linear, self.proj).in_features // heads
+        self.predictor = ConnectivityPredictor(tokens, head_dim, heads, prefix, math.ceil(budget * tokens))
         self.predictor.to(cast(nn.Linear, self.proj).weight)
         self.watched: list[tuple[Tensor, Tensor]] | None = None
 
@@ -106,8 +108,7 @@ class Sparsifiner(Step):
     """Wei et al., "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers" (CVPR 2023).
 
     In every block each query attends to `ceil(budget·N)` tokens of its own, chosen for each image and head by a low-rank
-    predictor (section 3.2). Class, distillation and register tokens attend to all and are attended to by all; the predictor
-    spends its budget on the others after them.
+    predictor (section 3.2). Class, distillation and register tokens attend to all; who attends to them is predicted.
 
     The predictor is learned: a new one chooses at random, from a fixed seed, until `learn.connectivity_loss` and then
     `learn.sparsifiner_distillation` have trained it. After `tokens.EViT` it works on the tokens that EViT leaves, in the order
