@@ -39,7 +39,7 @@ def faithful(
     if json is not None and not printed:
         writable(json, overwrite, "another --json")
     net = opening.open(model)
-    opened = source.open(net, limit=64)
+    opened = source.open(net, limit=64, labelled=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)

@@ -46,7 +46,7 @@ def heads(
     if parquet is not None:
         need_parquet()
     net = opening.open(model)
-    pictures = source.open(net, limit=256)
+    pictures = source.open(net, limit=256, labelled=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     found: list[Any] = []
     watched = Console(stderr=True)

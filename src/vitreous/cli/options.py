@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ..data import Data
 
-SETS = "sample, fashion-mnist, cifar10, or a folder of class folders"
+SETS = "sample, fashion-mnist, cifar10, a folder of class folders, or a CSV or Parquet file"
 MODEL = Annotated[str | None, typer.Argument(help="timm name, saved model or folder; the bundled model by default")]
 
 
@@ -102,11 +102,28 @@ class DataOptions:
     limit: Annotated[int | None, _data("the first N images only", min=1, max=2**31)] = None
     seed: Annotated[int, _data("for every random choice: order of a folder, calibration, intervals", min=0, max=2**32 - 1)] = 0
 
-    def open(self, model: nn.Module, limit: int | None = None, progress: Callable[[int, int], None] | None = None) -> Data:
-        """The pictures as `model` wants them; `limit` where none was asked for."""
+    def open(
+        self,
+        model: nn.Module,
+        limit: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        labelled: bool = True,
+    ) -> Data:
+        """The pictures as `model` wants them; `limit` where none was asked for; `labelled`: whether they must be."""
         from ..data import open_data
 
-        return open_data(self.data, model, limit=self.limit or limit, seed=self.seed, download=self.download, progress=progress)
+        opened = open_data(
+            self.data,
+            model,
+            limit=self.limit or limit,
+            seed=self.seed,
+            download=self.download,
+            progress=progress,
+            labelled=labelled,
+        )
+        if opened.note:
+            print(opened.note, file=sys.stderr)
+        return opened
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

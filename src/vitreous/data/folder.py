@@ -26,12 +26,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files below one folder, sorted, none of them opened yet; `labels [N]` index `classes`."""
+    """The files below one folder, sorted, none of them opened yet; `labels [N]` index `classes`, `[N, K]` mark those of several,
+    None where nothing tells them."""
 
     folder: Path
     classes: tuple[str, ...]
     paths: list[Path]
-    labels: np.ndarray
+    labels: np.ndarray | None
     skipped: list[Skipped]
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.imagenet_info import ImageNetInfo
 
 from ..errors import VitreousError, nearest
 from .fashion import CLASSES, fashion_arrays, sample_arrays
-from .folder import Skipped, list_files, readable
+from .folder import Skipped, list_files, readable, subfolders
+from .labels import match
 from .pictures import Unreadable, read_picture
+from .tables import LABELS, SUFFIXES, read_table
 from .transform import Preparation, preparation
 
 NAMES = ("sample", "fashion-mnist", "cifar10")
@@ -50,38 +51,42 @@ class Files:
 class Data:
     """Labelled pictures, ready for one model; made by `open_data`.
 
-    `name` of the source; `classes` by label; `labels [N]` int64; `skipped`, the files left out and why; `note`, a
-    sentence for the report where the figures need a caution, else empty. Pictures are opened when they are asked for.
+    `name` of the source; `classes` by label; `labels [N]` int64, `[N, K]` of 0 and 1 where a picture may have several classes,
+    None where there are none; `skipped`, the files left out and why; `note`, a sentence for the report where the figures need a
+    caution, else empty. Pictures are opened when they are asked for.
 
-    It is a data set for torch's `DataLoader` too, whose items are `(x [C, H, W] float32, y)`; workers may be spawned, for it
-    can be pickled (with a `transform` of one's own, if that can be).
+    It is a data set for torch's `DataLoader` too, whose items are `(x [C, H, W] float32, y)`, `y` -1 without labels; workers may
+    be spawned, for it can be pickled (with a `transform` of one's own, if that can be).
     """
 
     def __init__(
         self,
         name: str,
         classes: Sequence[str],
-        labels: np.ndarray,
+        labels: np.ndarray | None,
         read: Callable[[int], Image.Image],
         prepare: Preparation,
         skipped: Sequence[Skipped] = (),
         note: str = "",
+        count: int | None = None,
     ) -> None:
         self.name = name
         self.classes = tuple(classes)
-        self.labels = np.asarray(labels, np.int64)
+        self.labels: Any = None if labels is None else np.asarray(labels, np.int64)
+        self._count = count if labels is None else len(labels)
         self.skipped = list(skipped)
         self.note = note
         self._read = read
         self._prepare = prepare
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._count or 0
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, Any]:
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has images 0 to {len(self) - 1}, not {i}")
-        return self.tensor([i])[0], int(self.labels[i])
+        y = -1 if self.labels is None else self.labels[i]
+        return self.tensor([i])[0], y if isinstance(y, np.ndarray) else int(y)
 
     def __repr__(self) -> str:
         return f"Data({self.name!r}, {len(self)} images, {len(self.classes)} classes, {len(self.skipped)} skipped)"
@@ -94,18 +99,21 @@ class Data:
         """The pictures at `indices` as `[n, C, H, W]` float32. Raises `VitreousError` if a file went bad since opening."""
         return torch.stack([self._prepare.to_tensor(self._whole(int(i))) for i in indices])
 
-    def batches(self, size: int = 64, limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The first `limit` pictures (all when None) as `(x [B, C, H, W] float32, y [B] int64)`, always in the same order."""
+    def batches(self, size: int = 64, limit: int | None = None) -> Iterator[tuple[torch.Tensor, Any]]:
+        """The first `limit` pictures (all when None) as `(x [B, C, H, W] float32, y [B] int64)`, always in the same order; `y` is
+        `[B, K]` for several classes, None without labels."""
         end = len(self) if limit is None else min(limit, len(self))
         for start in range(0, end, size):
             stop = min(start + size, end)
-            yield self.tensor(range(start, stop)), torch.from_numpy(self.labels[start:stop].copy())
+            y = None if self.labels is None else torch.from_numpy(self.labels[start:stop].copy())
+            yield self.tensor(range(start, stop)), y
 
     def part(self, indices: Sequence[int] | np.ndarray) -> Data:
         """The pictures at `indices` alone, in that order."""
         at = [int(i) for i in indices]
         read = lambda i: self._read(at[i])
-        return Data(self.name, self.classes, self.labels[at], read, self._prepare, self.skipped, self.note)
+        labels = None if self.labels is None else self.labels[at]
+        return Data(self.name, self.classes, labels, read, self._prepare, self.skipped, self.note, len(at))
 
     def _whole(self, i: int) -> Image.Image:
         try:
@@ -125,12 +133,14 @@ def open_data(
     root: str | Path | None = None,
     transform: Transform | None = None,
     progress: Progress | None = None,
+    labelled: bool = True,
 ) -> Data:
     """Labelled test pictures from `source`, prepared as `model` (by default the bundled model) wants them.
 
     `source` is "sample" (the first 1,000 test pictures of Fashion-MNIST, in the package), "fashion-mnist" or "cifar10"
     (the official test split), or a folder: one folder a class, or a root with `train` and `test` or `val` parts made of
-    such class folders, of which `test` (else `val`) is opened. A name wins over a folder; `./sample` means the folder.
+    such class folders, of which `test` (else `val`) is opened; or a CSV, TSV or Parquet file of pictures and labels
+    (`tables.read_table`). A name wins over a folder; `./sample` means the folder.
 
     - `part`: "train" for the training pictures, to learn from; of a folder without parts, the same pictures.
     - `limit`: the first so many pictures. A folder comes in an order drawn from `seed`, so that any beginning of it
@@ -139,9 +149,13 @@ def open_data(
       torchvision keeps it (by default, the usual places).
     - `transform`: picture to `[C, H, W]` tensor, instead of the one in `model.pretrained_cfg`.
     - `progress(done, total)`: called while the files of a folder are checked.
+    - `labelled`: whether pictures without labels are refused. Where they are not, a folder without class folders will do, and
+      labels that are not the model's are left out, with a note.
 
     Every file of a folder is decoded once, so that `skipped` is known; with `limit`, only until there are enough.
-    Class folders named by WordNet ids get ImageNet's labels when the model has its 1,000 logits. Raises `VitreousError`
+    Where the model's classes are known (`expects.expect`), labels are matched with them by name, or by number where the folders
+    are called so; else by the alphabet. Class folders named by WordNet ids get ImageNet's labels when the model has its 1,000
+    logits. Raises `VitreousError`
     for an unknown name, a missing, empty or unreadable folder, fewer than two classes or more than the model has
     logits. A model without classes (`num_classes` 0) may be given a flat folder of images.
     """
@@ -153,24 +167,28 @@ def open_data(
     if folder is None:
         classes, images, labels = _arrays(str(source), part, download, root)
         images, labels = images[:limit], labels[:limit]
-        note = _check_classes(str(source), classes, logits)
-        return Data(str(source), classes, labels, Arrays(images), prepare, note=note)
+        classes, labels, note = match(str(source), classes, labels, model, logits, labelled)
+        return Data(str(source), classes, labels, Arrays(images), prepare, note=note, count=len(images))
 
-    listing = list_files(folder, part, need_classes=logits != 0)
-    classes, labels = listing.classes, listing.labels
-    if logits == 1000 and set(classes) <= set(ids := ImageNetInfo().label_names()):
-        labels = np.array([ids.index(c) for c in classes])[labels]
-        classes = tuple(ImageNetInfo().label_descriptions())
-    note = _check_classes(str(source), classes, logits)
-    order = np.random.default_rng(seed).permutation(len(labels)).tolist()
+    if folder.is_file():
+        listing = read_table(folder, part)
+    elif labelled or subfolders(folder):
+        listing = list_files(folder, part, need_classes=logits != 0 and labelled)
+    else:
+        listing = replace(list_files(folder, part, need_classes=False), labels=None, classes=())
+    if listing.labels is None and labelled and logits != 0:
+        raise VitreousError(f"{source} has no column of labels: call it one of {', '.join(LABELS)}")
+    classes, labels, note = match(str(source), listing.classes, listing.labels, model, logits, labelled)
+    order = np.random.default_rng(seed).permutation(len(listing.paths)).tolist()
     good, skipped = readable(listing, order, limit, progress)
-    labels = labels[good]
-    if limit is None and logits != 0 and len(set(labels.tolist())) < 2:
+    labels = None if labels is None else labels[good]
+    if labelled and limit is None and logits != 0 and labels is not None and len(np.unique(labels)) < 2:
         raise VitreousError(
-            f"only the class '{classes[labels[0]]}' in {listing.folder} has readable images: accuracy over one class "
-            f"says nothing; {len(skipped)} files were skipped, the first {skipped[0].path} ({skipped[0].reason})"
+            f"only the class '{classes[labels.flat[0]]}' in {listing.folder} has readable images: accuracy over one class "
+            f"says nothing; {len(skipped)} files were skipped"
+            + (f", the first {skipped[0].path} ({skipped[0].reason})" if skipped else "")
         )
-    return Data(str(source), classes, labels, Files([listing.paths[i] for i in good]), prepare, skipped, note)
+    return Data(str(source), classes, labels, Files([listing.paths[i] for i in good]), prepare, skipped, note, len(good))
 
 
 def calibration(
@@ -198,10 +216,11 @@ def calibration(
         good = balanced_order(labels, seed)[:n]
         data = Data(str(source), classes, labels[good], Arrays(images[good]), prepare)
     else:
-        listing = list_files(folder, "train", need_classes=False)
-        good, skipped = readable(listing, balanced_order(listing.labels, seed), n)
-        labels = listing.labels[good]
-        data = Data(str(source), listing.classes, labels, Files([listing.paths[i] for i in good]), prepare, skipped)
+        listing = read_table(folder, "train") if folder.is_file() else list_files(folder, "train", need_classes=False)
+        of = listing.labels
+        one = of if of is not None and of.ndim == 1 else np.zeros(len(listing.paths), np.int64)
+        good, skipped = readable(listing, balanced_order(one, seed), n)
+        data = Data(str(source), listing.classes, one[good], Files([listing.paths[i] for i in good]), prepare, skipped)
     if len(data) < n:
         raise VitreousError(f"{source} has {len(data)} images to calibrate on, not {n}: ask for at most {len(data)}")
     return data.tensor(range(n))
@@ -223,33 +242,20 @@ def _at_least_one(name: str, value: int | None) -> None:
 
 
 def _folder(source: str | Path) -> Path | None:
-    """The folder that `source` means, or None for one of `NAMES`."""
+    """The folder or table that `source` means, or None for one of `NAMES`."""
     if isinstance(source, str) and source in NAMES:
         return None
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix in SUFFIXES):
         return folder
     if folder.exists():
-        raise VitreousError(f"{source} is a file: give a folder of class folders, or one of {', '.join(NAMES)}")
+        raise VitreousError(
+            f"{source} is a file: give a folder of class folders, a table ({', '.join(SUFFIXES)}), or one of {', '.join(NAMES)}"
+        )
     if isinstance(source, Path) or len(folder.parts) != 1 or source.startswith((".", "~")):
         raise VitreousError(f"the data folder {source} does not exist")
     raise VitreousError(
         f"no data set and no folder is called '{source}'{nearest(source.lower(), NAMES)}; the data sets are {', '.join(NAMES)}"
-    )
-
-
-def _check_classes(source: str, classes: Sequence[str], logits: int | None) -> str:
-    """Refuse more classes than logits; otherwise the note that fewer classes call for, or the empty string."""
-    if not logits or len(classes) == max(logits, 2):  # one logit answers yes or no
-        return ""
-    if len(classes) > logits:
-        raise VitreousError(
-            f"{source} has {len(classes)} classes but the model only {logits} logits: "
-            "use the data that the model was trained for, or a model with a head for these classes"
-        )
-    return (
-        f"{source} has {len(classes)} classes and the model {logits} logits: accuracy holds only if the first "
-        f"{len(classes)} logits are these classes, in alphabetical order of their names"
     )
 
 

@@ -114,7 +114,8 @@ class Batches:
             yield Batch(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), index)
 
     def _held(self) -> Iterator[Batch]:
-        images, labels = self.data  # type: ignore[misc]
+        held: Any = self.data
+        images, labels = held
         for places in _Mine(self.order, self.first, self.mine):
             index = torch.tensor([i for _, i in places])
             where = index.to(images.device)

@@ -40,7 +40,7 @@ class Source:
 
     def pictures(self, net: nn.Module, limit: int | None = None) -> Data:
         told = self.data.limit
-        return replace(self.data, limit=min(told, limit) if told and limit else told or limit).open(net)
+        return replace(self.data, limit=min(told, limit) if told and limit else told or limit).open(net, labelled=False)
 
     @property
     def title(self) -> str:
@@ -126,7 +126,7 @@ class Opened:
         x, before = self._tested
         after = self._answers(x, removed)
         moved = ((after - before).norm(dim=1) / before.norm(dim=1)).numpy()
-        if not getattr(self.net, "num_classes", 0):
+        if not getattr(self.net, "num_classes", 0) or self.data.labels is None or self.data.labels.ndim > 1:
             return Loss(moved)
         labels = torch.as_tensor(self.data.labels[: len(x)])
         right = [float((logits.argmax(1) == labels).float().mean()) for logits in (before, after)]

@@ -152,7 +152,7 @@ class Session:
         if image in self.uploads:
             return self.uploads[image].name
         data = self.opened.data
-        label = data.classes[data.labels[image]] if len(data.classes) else ""
+        label = data.classes[data.labels[image]] if data.labels is not None and data.labels.ndim == 1 and data.classes else ""
         return f"image {image}" + (f", {label}" if label else "")
 
     def pictured(self, opened: Opened, image: int) -> tuple[Image.Image, Tensor]:
