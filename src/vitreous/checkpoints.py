@@ -345,6 +345,8 @@ def _resampled(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(own, Tensor) or given is None or given.ndim != 3 or given.shape == own.shape or grid is None:
         return state
     prefix = own.shape[1] - grid[0] * grid[1]
+    if min(grid) < 1 or given.shape[1] <= prefix:
+        return state
     if given.shape[2] != own.shape[2] or math.isqrt(given.shape[1] - prefix) ** 2 != given.shape[1] - prefix:
         return state  # another model: told by its shape
     last = prefix if getattr(model, "num_prefix_tokens", prefix) == 0 else 0  # iLLaMA's class token comes last

@@ -226,10 +226,16 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise VitreousError(f"the recipe inside {path} does not fit its model: {s.name}: {reason}") from error
         model.eval()
-    for name, own in (*model.named_parameters(), *model.named_buffers()):  # each comes back in the precision it was saved in
-        if name in state and own.is_floating_point() and state[name].is_floating_point():
-            own.data = own.data.to(state[name].dtype)
-    fill(model, Checkpoint(str(path), state))
+    for name, here in (*model.named_parameters(), *model.named_buffers()):  # each comes back in the precision it was saved in
+        if name in state and here.is_floating_point() and state[name].is_floating_point():
+            here.data = here.data.to(state[name].dtype)
+    own = model.state_dict()  # of a checkpoint much is made to fit; a saved file does, to the last name
+    if wrong := sorted(k for k in own.keys() | state.keys() if k not in own or k not in state or own[k].shape != state[k].shape):
+        raise VitreousError(
+            f"the weights in {path} do not fit the model that its recipe builds: {len(wrong)} are missing, unknown or of another "
+            f"shape, the first '{wrong[0]}'. Name the model they were saved from as base, or take another copy of the file"
+        )
+    model.load_state_dict(state)
     refuse_nan(model)
     refuse_overflow(model, str(path))
     restore(model, record.expects)
