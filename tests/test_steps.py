@@ -13,7 +13,11 @@ from support import small_vit
 from torch import Tensor, nn
 
 import vitreous as vt
+import vitreous.steps
+from vitreous.prune import Heads
+from vitreous.quant import RepQ
 from vitreous.steps import REGISTRY, Recipe, Step, history_of, make_step, slim
+from vitreous.tokens import EViT
 
 # Arguments that make a step do something on the small model; a step that is not here is tried with its defaults.
 ARGUMENTS = {
@@ -320,3 +324,15 @@ class TestFiles:
         with pytest.raises(vt.VitreousError, match="No space left"):
             vt.save(vit, path)
         assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_the_first_step_of_several_copies_the_model(monkeypatch: pytest.MonkeyPatch, vit: nn.Module, images: Tensor) -> None:
+    """What one step made belongs to nobody else: another copy would be another set of weights in memory."""
+    real, copied = vitreous.steps.bare, []
+    monkeypatch.setattr(vitreous.steps, "bare", lambda model: (copied.append(model), real(model))[1])
+    before = {k: v.clone() for k, v in vit.state_dict().items()}
+    together = slim(vit, [EViT(keep=0.5), Heads(share=0.3), RepQ()], images)
+    assert copied == [vit] and all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
+    monkeypatch.undo()
+    apart = slim(slim(slim(vit, EViT(keep=0.5)), Heads(share=0.3), images), RepQ(), images)
+    torch.testing.assert_close(together(images), apart(images))

@@ -84,8 +84,8 @@ class Step:
         """
         return self._applied(model, None if calibration is None else images(model, calibration))
 
-    def _applied(self, model: nn.Module, calibration: Tensor | None) -> nn.Module:
-        """`apply`, with images that were checked."""
+    def _applied(self, model: nn.Module, calibration: Tensor | None, own: bool = False) -> nn.Module:
+        """`apply`, with images that were checked; `own`: on `model` itself, which nobody else holds."""
         history = history_of(model)
         done = history.steps()
         for names, reason in (
@@ -98,7 +98,7 @@ class Step:
             raise VitreousError(f"{self.name} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
         refuse_nan(model)
         with torch.inference_mode(False):
-            new = bare(model)
+            new = model.eval() if own else bare(model)
             calibration = calibration.clone() if calibration is not None and calibration.is_inference() else calibration
         untied = untie(new)
         with torch.random.fork_rng(devices=[]), in_float32(new) if self.wide else nullcontext():
@@ -248,12 +248,12 @@ def slim(
 
     calibration = None if calibration is None else images(model, calibration)
     kept = kept_in(resume) if resume else None
-    for s in todo:
+    for i, s in enumerate(todo):
         say = functools.partial(progress, str(s)) if progress else lambda share: None
         key = fingerprint(__version__, torch.__version__, s, history_of(model), model, calibration) if kept else ""
         say(0.0)
         with locked(kept, "--resume") if kept else nullcontext(), working(Work(say, kept, key)):
-            model = s._applied(model, calibration)
+            model = s._applied(model, calibration, own=i > 0)
         say(1.0)
     return model if todo else bare(model)
 
