@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -265,3 +266,25 @@ def test_refusals_say_the_reason(tmp_path: Path) -> None:
     vt.save(vt.open(NAME, **SMALL, img_size=32), tmp_path / "s.safetensors")
     with pytest.raises(vt.VitreousError, match="built as it was saved: leave img_size out"):
         vt.open(tmp_path / "s.safetensors", img_size=64)
+
+
+def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
+    config = transformers.ViTConfig(**size, id2label={0: "elk", 1: "fox"}, label2id={"elk": 0, "fox": 1})
+    model = transformers.ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    told = {"do_normalize": True, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.2], "resample": 2}
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(told | {"size": {"height": 32, "width": 32}}))
+    again: Any = vt.open(tmp_path / "m")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, model(x).logits)
+    cfg = again.pretrained_cfg
+    assert cfg["label_names"] == ("elk", "fox") and cfg["mean"] == (0.4, 0.5, 0.6) and cfg["interpolation"] == "bilinear"
+    assert cfg["input_size"] == (3, 32, 32) and cfg["crop_mode"] == "squash" and cfg["crop_pct"] == 1
+    with pytest.raises(vt.VitreousError, match=r"config.json says: leave num_classes out"):
+        vt.open(tmp_path / "m", num_classes=3)
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
+    with pytest.raises(vt.VitreousError, match="has no 'NoSuchModel'"):
+        vt.open(tmp_path / "m")

@@ -21,6 +21,7 @@ from .data.transform import preparation
 from .errors import VitreousError
 from .expects import class_names, expect, expectations, restore
 from .files import check, write_whole
+from .hugging_face import open_folder
 from .models.bundled import CLASSES, WEIGHTS
 from .outputs import tensors
 from .record import HUBS, NEVER, affordable, arguments, read_record, refuse_hub, refuse_reading
@@ -50,11 +51,11 @@ def open_model(
     """A model ready to be looked into and slimmed, in eval mode.
 
     Args:
-        model: a timm name, the path of a file written by `save`, an `nn.Module` (returned as it is), or None for the bundled
-            model.
+        model: a timm name; the path of a file written by `save`, of a checkpoint of timm's `train.py`, or of a folder that
+            transformers saved; an `nn.Module` (returned as it is); or None for the bundled model.
         pretrained: download timm's weights for that name. Nothing is ever downloaded otherwise.
-        checkpoint: local weights for a timm name: safetensors, or a `torch.save` file without pickled code. Position
-            embeddings are resampled where `img_size` is another than theirs.
+        checkpoint: local weights, as training scripts save them (`checkpoints`): what they say of number of classes, sizes and
+            preparation decides where you do not. What was done to make them fit is told by `warnings.warn`.
         classes, mean, std, crop_pct, interpolation: what the weights were trained with, where it is not what the name says
             (`expects.expect`); kept in the file that `save` writes.
         device: where the model goes ("cuda", "cuda:1", "mps" …); a given module stays where it is by default.
@@ -78,6 +79,12 @@ def _opened(
         if kwargs:
             raise VitreousError(f"a module is taken as it is built: leave {', '.join(kwargs)} out")
         return model, fill(model, read(checkpoint)) if checkpoint is not None else []
+    if model is not None and (Path(model) / "config.json").is_file():
+        if kwargs or checkpoint is not None:
+            raise VitreousError(f"{model} is built as its config.json says: leave {', '.join(kwargs) or 'checkpoint'} out")
+        opened = open_folder(Path(model))
+        refuse_nan(opened)
+        return opened, []
     if model is not None and (Path(model).suffix in FILES or Path(model).is_file()) and not timm.is_model(str(model)):
         if Path(model).suffix == ".safetensors" and (not Path(model).is_file() or KEY in read_safetensors(Path(model))[1]):
             if kwargs or checkpoint is not None:
