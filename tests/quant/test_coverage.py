@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from support import small_vit
+from support import error, small_vit
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
 
 import vitreous as vt
 from vitreous.quant import coverage
@@ -72,3 +74,53 @@ def test_what_is_left_says_why(x: Tensor) -> None:
 
 def test_heads_say_how_many_are_gone(model: nn.Module, x: Tensor) -> None:
     assert "prune.Heads(share=0.34): 2 of 6 heads removed" in repr(vt.slim(model, vt.prune.Heads(share=0.34), x))
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's: a linear layer whose weight is `[inputs, outputs]`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.nf = linear.out_features
+        self.weight, self.bias = nn.Parameter(linear.weight.detach().T.clone()), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Own(nn.Linear):
+    """Somebody's subclass, which computes the same."""
+
+
+def _conv1d() -> nn.Module:
+    model = small_vit(depth=D)
+    for block in model.blocks:
+        block.mlp.fc1 = Conv1D(block.mlp.fc1)
+    return model
+
+
+def _own() -> nn.Module:
+    model = small_vit(depth=D)
+    for block in model.blocks:
+        block.attn.qkv.__class__ = Own
+    return model
+
+
+def _torchvision() -> nn.Module:
+    torch.manual_seed(0)
+    shape = dict(image_size=32, patch_size=8, num_layers=D, num_heads=3, hidden_dim=C, mlp_dim=4 * C, num_classes=7)
+    model = VisionTransformer(**shape).eval()  # type: ignore[arg-type]
+    nn.init.normal_(model.heads.head.weight, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("step", ["RepQ()", "WeightOnly()"])
+@pytest.mark.parametrize("make", [_conv1d, _own, _torchvision])
+def test_linear_layers_under_other_names_are_quantized_too(make: Any, step: str, x: Tensor, tmp_path: Path) -> None:
+    model = make()
+    small = vt.slim(model, vt.Recipe.parse(step), x)
+    bits, expected = ("W8A8", PATCHES + HEAD + LINEAR) if step == "RepQ()" else ("W8", HEAD + LINEAR)
+    assert coverage(small, x).shares[bits] == pytest.approx(expected / TOTAL)
+    assert error(small, model, x) < 0.1
+    again = vt.load(vt.save(small, tmp_path / "small.safetensors"), base=model)
+    assert error(again, small, x) == 0

@@ -18,7 +18,8 @@ from ..work import tick
 from .calibration import watch
 from .gptq import patches, second_order_rounding
 from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
-from .posttraining import PostTraining, attention_blocks, give_bias
+from .linears import attention_blocks
+from .posttraining import PostTraining, give_bias
 from .reconstruction import Enough, chain, in_floats, record, unchanged
 
 IMAGES = 64  # images whose activations are held at a time; of more, the first

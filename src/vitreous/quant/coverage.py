@@ -143,7 +143,11 @@ def _why(module: nn.Module, not_plain: str | None) -> str:
     if not_plain is not None:
         return f"attention of a block that is not plain: {not_plain}" if not_plain else "products of attention"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "convolution over neighbours" if module.groups == 1 else "convolution in groups"
+        if module.groups > 1:
+            return "convolution in groups"
+        if set(module.kernel_size) == {1}:
+            return "convolution of single pixels"
+        return "patch embedding" if module.kernel_size == module.stride else "convolution over neighbours"
     return type(module).__name__
 
 

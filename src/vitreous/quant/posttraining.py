@@ -10,13 +10,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import read
-from ..blocks import PlainBlock, merged, plain_blocks
 from ..errors import VitreousError
 from ..processor import saturates
 from ..steps import Step
 from .coverage import coverage
 from .layers import FakeQuantizer, QuantConv2d, Quantizer, QuantLinear, quant_layers
+from .linears import as_linears, attention_blocks, is_linear
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,14 @@ class PostTraining(Step):
         assert calibration is not None
         if len(calibration) == 0:
             raise VitreousError(f"{self.name} was given no calibration images: give at least one, 32 are usual")
+        as_linears(model)
         reduce_range = saturates() if self.reduce_range is None else self.reduce_range
         layers = survey(model, calibration[:1])
         bits = {name: list(pair) for name, pair in self.allot(model, calibration, layers).items()}
         return {"reduce_range": self.deployable and reduce_range, "layers": layers, "bits": bits}
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
+        as_linears(model)
         limit = 63 if plan["reduce_range"] else None
         usual = (self.weights, self.activations)
         for block in attention_blocks(model):
@@ -136,12 +137,6 @@ class PostTraining(Step):
         return nn.ModuleDict(operands)
 
 
-def attention_blocks(model: nn.Module) -> list[PlainBlock]:
-    """The blocks of `model` as `PlainBlock`s, its adapters merged, in place; none when they are not plain."""
-    merged(model)
-    return plain_blocks(model, "quantization") if read(model).plain else []
-
-
 # What a layer reads: "norm", "act" or "", and the name of the LayerNorm of a plain block whose very output it is, or "".
 Read = tuple[str, str]
 
@@ -169,7 +164,7 @@ def survey(model: nn.Module, image: Tensor) -> dict[str, Read]:
                 norm.register_forward_hook(after_norm)
     for name, m in model.named_modules():
         names[m] = name
-        if type(m) is nn.Linear or (isinstance(m, nn.Conv2d) and _patchifies(m)):
+        if is_linear(m) or (isinstance(m, nn.Conv2d) and _patchifies(m)):
             m.register_forward_pre_hook(before_layer)
         elif name.rpartition(".")[2] == "act":  # as timm calls the function of an MLP
             m.register_forward_hook(after_act)

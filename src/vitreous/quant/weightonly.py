@@ -16,6 +16,7 @@ from ..work import part, tick
 from .coverage import coverage
 from .gptq import input_grams, second_order_rounding
 from .layers import IN_TORCH, Quantizer
+from .linears import as_linears, is_linear
 from .rounding import SoftRounding, decide
 
 GROUPS = (256, 128, 64, 32, 16)  # what the packed kernels of ONNX Runtime take
@@ -102,12 +103,14 @@ class WeightOnly(Step):
             raise VitreousError(f"{self} needs calibration images: pass calibration=, a [N, C, H, W] tensor")
         if self.rounding != "nearest" and calibration is not None and len(calibration) == 0:
             raise VitreousError(f"{self} was given no calibration images: give at least one, 32 are usual")
-        layers = [name for name, m in model.named_modules() if type(m) is nn.Linear]
+        as_linears(model)
+        layers = [name for name, m in model.named_modules() if is_linear(m)]
         if not layers:
             raise VitreousError(f"{self.name} finds no linear layer in {type(model).__name__}")
         return {"layers": layers}
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
+        as_linears(model)
         for name in plan["layers"]:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
