@@ -15,7 +15,7 @@ from ..prove.drawing import data_uri, enlarge
 from ..rows import Rows
 from . import apart
 from .drawing import heat
-from .parts import attributes, exports, guarded, heading, plotted, thumb_button
+from .parts import FAINT, attributes, exports, guarded, heading, plot, plotted, thumb_button
 from .running import Running
 from .session import Session
 
@@ -23,12 +23,7 @@ STRONGEST = 6  # pictures shown of a head
 
 
 def heads_view(session: Session) -> None:
-    with ui.column().classes("studio-card gap-3 w-full"):
-        with ui.row().classes("w-full items-end gap-4"):
-            heading("Study the heads", "How much each one matters, how far it looks, and which pattern it has learned.")
-            ui.space()
-            images = ui.number("Pictures", value=128, min=8, step=8, precision=0).props("outlined dense").classes("w-32")
-        work = Running("Study", "")
+    study = Study(session)
     with ui.element("div").classes("studio-pair"):
         with ui.column().classes("studio-card gap-3"):
             close = _Close(session)
@@ -37,23 +32,37 @@ def heads_view(session: Session) -> None:
             removal = _Removal(session)
             agreement = _Agreement()
 
-    async def study() -> None:
-        opened = session.opened
-        opened.known["study"] = await work.run(apart.study, opened.source, int(images.value or 128))
-        await session.refresh()
-
     async def refresh() -> None:
         if session.state.view != "heads":
             return
         found = session.opened.known.get("study")
-        work.note.set_text(f"Studied on {found.images} pictures." if found else "")
+        study.refresh(found)
         matrix.refresh(found)
-        await close.refresh(found)
         removal.refresh()
         agreement.refresh(found)
+        await close.refresh(found)  # last, as it takes longest
 
-    work.start.on_click(guarded(study))
     session.listeners.append(guarded(refresh))
+
+
+class Study:
+    """What a study tells, the button that starts it, and on how many pictures."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        with ui.column().classes("studio-card gap-3 w-full"):
+            heading("Study the heads", "How much each one matters, how far it looks, and which pattern it has learned.")
+            self.images = ui.number("Pictures", value=128, min=8, step=8, precision=0).props("outlined dense").classes("w-32")
+            self.work = Running("Study", "")
+        self.work.start.on_click(guarded(self.run))
+
+    async def run(self) -> None:
+        opened = self.session.opened
+        opened.known["study"] = await self.work.run(apart.study, opened.source, int(self.images.value or 128))
+        await self.session.refresh()
+
+    def refresh(self, found: apart.Study | None) -> None:
+        self.work.note.set_text(f"Studied on {found.images} pictures." if found else "")
 
 
 class _Matrix:
@@ -66,7 +75,7 @@ class _Matrix:
             self.colour = ui.select([session.state.colour], value=session.state.colour, label="Coloured by")
             self.colour.props("dense outlined").classes("w-48")
             self.colour.on_value_change(guarded(lambda e: session.change(colour=e.value)))
-        self.plot = ui.plotly(go.Figure()).classes("w-full")
+        self.plot = plot()
         self.plot.on("plotly_click", guarded(self.clicked))
         with ui.row().classes("w-full items-center justify-between no-wrap"):
             ui.label("Click a head to see it close up.").classes("text-sm studio-note")
@@ -107,7 +116,7 @@ def matrix(
             text=texts,
             hovertemplate="layer %{x}, head %{y}: %{text}<extra></extra>",
             hoverongaps=False,
-            colorscale=steps(len(named)) if named else "Viridis" if rows else [[0, "#cbd5e1"], [1, "#cbd5e1"]],
+            colorscale=steps(len(named)) if named else "Viridis" if rows else [[0, FAINT], [1, FAINT]],
             colorbar=dict(tickvals=list(range(len(named))), ticktext=named) if named else dict(title=by),
             showscale=bool(rows),
             zmin=-0.5 if named else None,
@@ -149,7 +158,7 @@ class _Close:
         with ui.row().classes("w-full gap-4 items-start"):
             self.image = ui.interactive_image(sanitize=False).classes("pixelated rounded").style("width: 180px")
             self.numbers = ui.html("", sanitize=False).classes("text-sm grow")
-        self.profile = ui.plotly(go.Figure()).classes("w-full")
+        self.profile = plot()
         with ui.row().classes("w-full items-center justify-between no-wrap"):
             self.loss = ui.label().classes("text-sm studio-note").props("aria-live=polite")
             exports("profile", lambda: [{"hops": k, "share": v} for k, v in enumerate(self._hops())], plot=self.profile)
@@ -264,7 +273,7 @@ class _Agreement:
             heading(
                 "Do the measures of importance agree?", "Kendall's τ between their rankings of all heads: 1 is the same order."
             )
-            self.plot = ui.plotly(go.Figure()).classes("w-full")
+            self.plot = plot()
             with ui.row().classes("w-full justify-end"):
                 exports("agreement", lambda: self.rows, plot=self.plot)
 

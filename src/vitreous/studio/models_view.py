@@ -12,10 +12,10 @@ from nicegui import ui
 
 from ..prove.table import three
 from ..rows import Rows
-from ..steps import Recipe
 from . import apart
 from .opened import Opened, Source
-from .parts import attributes, exports, guarded, heading
+from .parts import attributes, exports, guarded, heading, table
+from .recipe_editor import RecipeEditor
 from .running import Running
 from .session import Session
 
@@ -27,7 +27,6 @@ FILES = {
     "report.html": "the proof, for people",
     "proof.json": "the proof, for programs",
 }
-EXAMPLES = ["EViT(keep=0.7)", "EViT(keep=0.7), RepQ()", "ToMe(r=8)", "Auto()", "WeightOnly(bits=4)"]
 
 
 def models_view(session: Session) -> None:
@@ -37,34 +36,28 @@ def models_view(session: Session) -> None:
             heading("Open models")
             ui.space()
             exports("models", lambda: rows)
-        table = ui.table(rows=[], columns=[], row_key="model").classes("w-full").props("flat dense")
+        known = ui.column().classes("w-full")
         work = Running("Measure them", "Accuracy, speed and size on the same pictures, interleaved.")
     with ui.column().classes("studio-card gap-3 w-full"):
-        heading("Apply a recipe", "Steps in their order, as `vitreous slim --steps` takes them; empty lets the studio choose.")
-        with ui.row().classes("w-full items-end gap-4"):
-            steps = (
-                ui.input("Recipe", value=EXAMPLES[0], autocomplete=EXAMPLES).props("outlined dense").classes("grow min-w-[240px]")
-            )
-            images = (
-                ui.number("Pictures to prove on", value=500, min=10, step=10, precision=0).props("outlined dense").classes("w-44")
-            )
+        heading("Apply a recipe", "Steps in their order. Without any, the studio chooses, as the command vitreous slim does.")
+        recipe = RecipeEditor()
+        images = (
+            ui.number("Pictures to prove on", value=500, min=10, step=10, precision=0).props("outlined dense").classes("w-44")
+        )
         slimming = Running("Apply", "")
         results = ui.column().classes("w-full gap-3")
 
     def show(new: Rows) -> None:
         rows[:] = new
-        keys = list(dict.fromkeys(k for row in rows for k in row))
-        table.columns = [{"name": k, "label": k, "field": k, "align": "left" if k == "model" else "right"} for k in keys]
-        table.rows = [{k: _told(k, v) for k, v in row.items()} for row in rows]
-        table.update()
+        known.clear()
+        with known:
+            table([{key: _told(key, value) for key, value in row.items()} for row in rows])
 
     async def measure() -> None:
         show(await work.run(apart.measure, [m.source for m in session.models], int(images.value or 500)))
 
     async def slim() -> None:
-        written = (steps.value or "").strip()
-        if written:
-            Recipe.parse(written)  # what is wrong with it is told before anything starts
+        written = recipe.checked()  # what is wrong with it is told before anything starts
         folder = Path(tempfile.mkdtemp(dir=session.folder.name))
         source = session.opened.source
         proved = await slimming.run(apart.recipe, source, written, int(images.value or 500), folder)
@@ -77,7 +70,7 @@ def models_view(session: Session) -> None:
         session.models.append(opened)
         with results, ui.column().classes("w-full gap-2"):
             heading(opened.title)
-            _small_table(proved)
+            table([{key: _told(key, value) for key, value in row.items()} for row in proved])
             with ui.row().classes("gap-2"):
                 for name, what in FILES.items():
                     if (folder / name).exists():
@@ -100,14 +93,6 @@ def models_view(session: Session) -> None:
 def _known(i: int, opened: Opened) -> dict[str, Any]:
     parameters = sum(p.numel() for p in opened.net.parameters())
     return {"model": f"{i + 1}. {opened.title}", "parameters": parameters, "attention layers": len(opened.heads)}
-
-
-def _small_table(rows: Rows) -> None:
-    keys = list(dict.fromkeys(k for row in rows for k in row))
-    columns: list[dict[str, Any]] = [{"name": k, "label": k, "field": k, "align": "right"} for k in keys]
-    ui.table(rows=[{k: _told(k, v) for k, v in row.items()} for row in rows], columns=columns).classes("w-full").props(
-        "flat dense"
-    )
 
 
 def _told(key: str, value: Any) -> Any:

@@ -18,6 +18,7 @@ from ..rows import Rows, as_csv, as_parquet
 from .session import Superseded
 
 E = TypeVar("E", bound=ui.element)
+FAINT = "rgba(148, 163, 184, 0.3)"  # in the light and in the dark
 
 
 def attributes(element: E, **values: str) -> E:
@@ -83,6 +84,22 @@ def heading(text: str, note: str = "") -> None:
         ui.label(note).classes("text-sm studio-note -mt-3")
 
 
+def table(rows: Rows) -> None:
+    """A row for each, and on a narrow screen a list for each, so that nothing is cut."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with ui.element("table").classes("studio-table"):
+        with ui.element("thead"), ui.element("tr"):
+            for key in keys:
+                with ui.element("th"):
+                    ui.label(key)
+        with ui.element("tbody"):
+            for row in rows:
+                with ui.element("tr"):
+                    for key in keys:
+                        with attributes(ui.element("td"), data_label=key):
+                            ui.label(str(row.get(key, "–")))
+
+
 def exports(name: str, rows: Callable[[], Rows], svg: Callable[[], str] | None = None, plot: ui.plotly | None = None) -> None:
     """A menu that downloads a figure as SVG or PNG and its data as CSV or Parquet.
 
@@ -107,8 +124,15 @@ def exports(name: str, rows: Callable[[], Rows], svg: Callable[[], str] | None =
         ui.menu_item("Data as Parquet", guarded(lambda: data("parquet")))
 
 
+def plot(height: int = 120) -> ui.plotly:
+    """A place for a plot, empty until it is given a figure."""
+    return ui.plotly(plotted(go.Figure().update_layout(xaxis_visible=False, yaxis_visible=False), height)).classes("w-full")
+
+
 def plotted(figure: go.Figure, height: int) -> go.Figure:
     """The same look for every plot; transparent, so that it fits light and dark."""
+    figure.update_xaxes(gridcolor=FAINT, zerolinecolor=FAINT)
+    figure.update_yaxes(gridcolor=FAINT, zerolinecolor=FAINT)
     return figure.update_layout(
         height=height,
         margin=dict(l=50, r=10, t=20, b=40),

@@ -9,26 +9,27 @@ from nicegui import ui
 
 from ..rows import Rows
 from . import apart
-from .heads_view import colours, matrix
-from .parts import exports, guarded, heading, plotted
+from .heads_view import Study, colours, matrix
+from .parts import exports, guarded, heading, plot, plotted
 from .session import Session
 
 
 def patterns_view(session: Session) -> None:
     chosen: set[tuple[int, int]] = set()
-    empty = ui.label("Study the heads first, in the Heads view.").classes("studio-card w-full")
+    with ui.column().classes("w-full") as empty:
+        study = Study(session)
     with ui.element("div").classes("studio-pair") as pair:
         with ui.column().classes("studio-card gap-3"):
             heading("Heads that attend alike", "Each point is a head; select some, and the matrix shows where they are.")
-            scatter = ui.plotly(go.Figure()).classes("w-full")
+            scatter = plot()
             with ui.row().classes("w-full items-center justify-between no-wrap"):
                 count = ui.label().classes("text-sm studio-note").props("aria-live=polite")
                 exports("patterns", lambda: _rows(session), plot=scatter)
         with ui.column().classes("studio-card gap-3"):
             heading("Where they are")
-            where = ui.plotly(go.Figure()).classes("w-full")
+            where = plot()
             heading("The chosen head", "Mean attention by relative place: the middle is the asking patch itself.")
-            offsets = ui.plotly(go.Figure()).classes("w-full")
+            offsets = plot()
     with ui.column().classes("studio-card gap-3 w-full") as card:
         with ui.row().classes("w-full items-center justify-between"):
             heading("How many heads have each pattern")
@@ -70,6 +71,7 @@ def patterns_view(session: Session) -> None:
             part.set_visibility(found is not None)
         empty.set_visibility(found is None)
         if found is None:
+            study.refresh(found)
             return
         state = session.state
         scatter.update_figure(_scatter(found.rows, (state.layer, state.head)))
