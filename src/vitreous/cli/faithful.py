@@ -23,13 +23,11 @@ def faithful(
     overwrite: Annotated[bool, typer.Option(help="replace the JSON file if it exists")] = False,
 ) -> None:
     """Measure explanations of a model: insertion, deletion, and the sanity check by random weights; on 64 images unless told."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from .. import see
     from ..errors import VitreousError, nearest
     from ..files import writable
     from ..prove import faithfulness
+    from ..terminal import console, progress_bar
 
     names = [n.strip() for n in methods.split(",")] if methods is not None else list(see.METHODS)
     for n in names:
@@ -40,8 +38,7 @@ def faithful(
         writable(json, overwrite, "another --json")
     net = opening.open(model)
     opened = source.open(net, limit=64, labelled=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=1.0)
         found = faithfulness(
             net,
@@ -53,7 +50,7 @@ def faithful(
     if printed:
         print(found.to_json())
         return
-    console = Console()
-    console.print(found, width=max(console.width, 110))
+    printer = console()
+    printer.print(found, width=max(printer.width, 110))
     if json is not None:
         found.save(json)

@@ -25,8 +25,6 @@ def heads(
 ) -> None:
     """Show every attention head of a model over 256 images of a data set, or --limit: importance, distance, entropy, pattern."""
     import numpy as np
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from ..errors import VitreousError
     from ..files import writable, write_whole
@@ -34,6 +32,7 @@ def heads(
     from ..see.distance import distance
     from ..see.head_importance import head_importance
     from ..see.patterns import patterns
+    from ..terminal import console, progress_bar
     from ..work import Work, working
 
     printed = json == Path("-")
@@ -47,10 +46,8 @@ def heads(
         need_parquet()
     net = opening.open(model)
     pictures = source.open(net, limit=256, labelled=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     found: list[Any] = []
-    watched = Console(stderr=True)
-    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as bar:
+    with progress_bar() as bar:
         ablate = partial(head_importance, precision=precision)
         for what, analysis in (("importance", ablate), ("distance", distance), ("patterns", patterns)):
             task = bar.add_task(what, total=1.0)
@@ -58,20 +55,20 @@ def heads(
                 found.append(analysis(net, pictures, seed=source.seed))
     importance, far, pattern = found
 
-    console = Console(quiet=printed)
-    console.print(f"{type(net).__name__}, {len(pictures)} images of {pictures.name}", highlight=False)
+    printer = console(quiet=printed)
+    printer.print(f"{type(net).__name__}, {len(pictures)} images of {pictures.name}")
     by = "loss" if "loss" in importance.metrics else "output"
-    console.print(_matrix(f"importance: what removing the head adds to '{by}'", importance.values[importance.metrics.index(by)]))
-    console.print(_matrix("mean attention distance, pixels", far.measures[0]))
-    console.print(_matrix("entropy of attention, nats", far.measures[1]))
-    console.print(_matrix("pattern", pattern.labels))
+    printer.print(_matrix(f"importance: what removing the head adds to '{by}'", importance.values[importance.metrics.index(by)]))
+    printer.print(_matrix("mean attention distance, pixels", far.measures[0]))
+    printer.print(_matrix("entropy of attention, nats", far.measures[1]))
+    printer.print(_matrix("pattern", pattern.labels))
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in pattern.shares.items())
-    console.print(f"patterns: {shares}", highlight=False)
+    printer.print(f"patterns: {shares}")
     taus = importance.agreement[np.triu_indices(len(importance.metrics), 1)]
     if len(taus):
-        console.print(f"agreement of the metrics of importance, Kendall's τ: {np.nanmin(taus):.2f} to {np.nanmax(taus):.2f}")
+        printer.print(f"agreement of the metrics of importance, Kendall's τ: {np.nanmin(taus):.2f} to {np.nanmax(taus):.2f}")
     if importance.why_not:
-        console.print(f"one pass a head: {importance.why_not}", highlight=False)
+        printer.print(f"one pass a head: {importance.why_not}")
 
     merged = {(r["layer"], r["head"]): r for r in importance.rows()}
     for r in (*far.rows(), *pattern.rows()):
@@ -81,13 +78,14 @@ def heads(
     write = {"csv": as_csv, "json": as_json, "parquet": as_parquet}
     for kind, target in targets.items():
         write_whole(target, write[kind](list(merged.values())))
-        console.print(f"written to {target}", highlight=False)
+        printer.print(f"written to {target}")
 
 
 def _matrix(title: str, values: Any) -> Any:
     """A table of layers by heads: numbers in colours from the least (blue) to the most (red), or words."""
     import numpy as np
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
@@ -97,7 +95,7 @@ def _matrix(title: str, values: Any) -> Any:
     ranks = None if words else np.argsort(np.argsort(values, axis=None)).reshape(values.shape) / max(1, values.size - 1)
     colours = ("blue", "cyan", "green", "yellow", "red")
     for layer, row in enumerate(values):
-        cells = []
+        cells: list[str | Text] = []
         for head, value in enumerate(row):
             if words:
                 cells.append(value)
@@ -105,6 +103,6 @@ def _matrix(title: str, values: Any) -> Any:
                 cells.append("–")
             else:
                 assert ranks is not None
-                cells.append(f"[{colours[min(4, int(5 * ranks[layer, head]))]}]{value:.3g}[/]")
+                cells.append(Text(f"{value:.3g}", style=colours[min(4, int(5 * ranks[layer, head]))]))
         table.add_row(str(layer), *cells)
     return table

@@ -18,10 +18,10 @@ def slim(
     source: DataOptions,
     recipe: Annotated[Path | None, typer.Option(help="JSON file of steps")] = None,
     steps: Annotated[str | None, typer.Option(help='such as "EViT(keep=0.7), RepQ(weights=8)"')] = None,
-    calibrate: Annotated[int | None, typer.Option(min=1, max=2**20, help="calibration images [default: 128, or all]")] = None,
+    calibrate: Annotated[int | None, typer.Option(min=1, max=2**20, help="calibration images (default: 128, or all)")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(min=0, help="what the default recipe may lose: points of accuracy [1], or % of nearest neighbours [5]"),
+        typer.Option(min=0, help="what the default recipe may lose: points of accuracy (1), or % of nearest neighbours (5)"),
     ] = None,
     speedup: Annotated[float | None, typer.Option(help="times as fast as the original in torch, at least")] = None,
     latency: Annotated[float | None, typer.Option(help="milliseconds an image at batch 1, at most")] = None,
@@ -29,18 +29,16 @@ def slim(
     heal: Annotated[
         float, typer.Option(min=0, help="epochs to fine-tune against the original, before the first step that quantizes")
     ] = 0.0,
-    out: Annotated[Path | None, typer.Option(help="folder to write [default: vitreous-out, vitreous-out-2 …]")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write (default: vitreous-out, vitreous-out-2 …)")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
     resume: Annotated[Path | None, typer.Option(help="folder where long steps keep what is finished, to go on from it")] = None,
 ) -> None:
     """Make a vision transformer small and fast, prove it on data, and ship it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from ..errors import VitreousError
     from ..folders import folder
     from ..search import Goal, Job
     from ..steps import Recipe, kept_in
+    from ..terminal import console, progress_bar
 
     if recipe is not None and steps is not None:
         raise VitreousError("give --recipe or --steps, not both")
@@ -48,9 +46,8 @@ def slim(
         kept_in(resume)
     chosen = Recipe.read(recipe) if recipe else Recipe.parse(steps) if steps is not None else None
     goal = Goal(budget, speedup, latency, megabytes)
-    console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with folder(out, overwrite) as (aside, target), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    printer = console()
+    with folder(out, overwrite) as (aside, target), progress_bar() as bar:
         tasks: dict[str, Any] = {}
 
         def progress(what: str, share: float) -> None:
@@ -64,7 +61,7 @@ def slim(
         net = opening.open(model)
         job = Job(aside, source.data, source.seed, opening.threads, goal, source.limit, progress, resume, heal)
         proof = job.run(net, chosen, calibrate, source.download)
-    console.print(proof, width=max(console.width, 110))
+    printer.print(proof, width=max(printer.width, 110))
     for line in (*job.notes, *job.log):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"written to {target}: " + ", ".join(sorted(p.name for p in target.iterdir())), highlight=False, markup=False)
+        printer.print(line)
+    printer.print(f"written to {target}: " + ", ".join(sorted(p.name for p in target.iterdir())))

@@ -9,12 +9,11 @@ import typing
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..errors import VitreousError, nearest
 from ..steps import REGISTRY, Step
+from ..terminal import console
 
 
 def described(name: str, step: type[Step]) -> dict[str, Any]:
@@ -57,5 +56,5 @@ def steps(
     for r in rows:
         given = [f"{p['name']}: {p['type']}" + (f" = {p['default']!r}" if "default" in p else "") for p in r["parameters"]]
         source = r["source"] + (" Needs calibration images." if r["needs_calibration"] else "")
-        table.add_row(Text(r["step"]), Text("\n".join(given)), Text(source))
-    Console().print(table)
+        table.add_row(r["step"], "\n".join(given), source)
+    console().print(table)

@@ -8,11 +8,11 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from ..errors import VitreousError, nearest
+from ..terminal import console
 
 
 def listed(family: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def systems(
     """
     rows = listed(family, name)
     figures = {v: f for r in rows for v, f in r.get("variants", {}).items()} if name or family == "backbone" else {}
-    for variant in track(figures, "measuring", console=Console(stderr=True), transient=True):
+    for variant in track(figures, "measuring", console=console(stderr=True), transient=True):
         figures[variant]["measured"] = measured(variant)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -65,12 +65,12 @@ def systems(
     table = Table("system", "family", "paper", "use", "runs as", "published")
     for r in rows:
         table.add_row(r["slug"], r["family"], f"{r['authors']} {r['year']}: {r['title']}", r["entry"], r["runs"], r["published"])
-    Console().print(table)
+    console().print(table)
     if figures:
-        Console().print(variants_table(figures))
+        console().print(variants_table(figures))
         for variant, f in figures.items():
             if "note" in f:
-                Console().print(f"{variant}: {f['note']}", highlight=False)
+                console().print(f"{variant}: {f['note']}")
 
 
 def variants_table(figures: dict[str, dict[str, Any]]) -> Table:

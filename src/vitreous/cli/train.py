@@ -23,7 +23,7 @@ def train(
     teacher: Annotated[str | None, typer.Option(help="timm name or saved model to learn from")] = None,
     teacher_checkpoint: Annotated[Path | None, typer.Option(help="local weights for --teacher")] = None,
     objective: Annotated[
-        str | None, typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" [default: CrossEntropy(), and KD() of a teacher]')
+        str | None, typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" (default: CrossEntropy(), and KD() of a teacher)')
     ] = None,
     optimiser: Annotated[str, typer.Option(help="AdamW, Lion, SGD or SGDSaI, as Lion(lr=1e-4)")] = "AdamW",
     sam: Annotated[float | None, typer.Option(help="sharpness-aware steps of this radius")] = None,
@@ -44,7 +44,6 @@ def train(
     devices.
     """
     import timm
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     from .. import store
@@ -53,6 +52,7 @@ def train(
     from ..learn import SAM, written
     from ..learn import train as teach
     from ..learn.engine import accuracy_on
+    from ..terminal import console
 
     if model in timm.list_models() and opening.num_classes is None and opening.checkpoint is None:
         opening = replace(opening, num_classes=len(class_names(source.data, source.download)))
@@ -67,7 +67,7 @@ def train(
             print(f"  {skipped.path}: {skipped.reason}", file=sys.stderr)
     device = next(net.parameters()).device.type
     with Progress(
-        SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), console=Console(stderr=True), transient=True
+        SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), console=console(stderr=True), transient=True
     ) as bar:
         task = bar.add_task("", total=1.0)
         try:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from .. import terminal
 from ..files import write_whole
 
 
@@ -29,7 +29,7 @@ class Result:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=self.width, color_system=None)
+        console = terminal.console(file=io.StringIO(), width=self.width, color_system=None)
         with console.capture() as shown:
             console.print(self)
         return "\n".join(line.rstrip() for line in shown.get().splitlines())
