@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from studio_pages import CLASSES, LINK, MODEL, UPLOAD, click, overlay, picture, png, studio, told, turn_to, visit
+from studio_pages import CLASSES, LINK, MODEL, UPLOAD, WAIT, click, overlay, picture, png, studio, told, turn_to, visit
 
 # The head of the first point of the scatter, where on the screen it is, and the left, top, width and height of the plot.
 POINT = """() => {
@@ -146,6 +146,8 @@ def test_a_study_links_matrix_and_patterns(page: Any) -> None:
 
 
 def test_a_recipe_runs_is_cancelled_finished_and_downloaded(page: Any, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+
     picture(page)
     turn_to(page, "Models")
     recipe, apply = page.get_by_label("Recipe"), page.get_by_role("button", name="Apply", exact=True)
@@ -160,7 +162,7 @@ def test_a_recipe_runs_is_cancelled_finished_and_downloaded(page: Any, tmp_path:
     page.get_by_label(re.compile("^keep: float")).press("Tab")
     page.get_by_label(re.compile("^at: ")).fill("(1,)")
     page.get_by_label(re.compile("^at: ")).press("Tab")
-    page.wait_for_function("document.querySelector('[aria-label=Recipe]').value == 'tokens.EViT(keep=0.5, at=(1,))'")
+    expect(recipe).to_have_value("tokens.EViT(keep=0.5, at=(1,))", timeout=WAIT)
     page.get_by_label("Pictures to prove on").fill("20")
     apply.click()
     page.get_by_role("button", name="Cancel").click()
