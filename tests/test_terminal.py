@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,3 +38,10 @@ def test_no_help_is_read_as_markup() -> None:
 
     for name, text in texts(typer.main.get_command(app)):
         assert render(text).plain == text, f"vitreous {name}: {text}"
+
+
+def test_no_other_console_is_made() -> None:
+    for file in Path(vt.__file__).parent.rglob("*.py"):
+        text = file.read_text()
+        assert file.name == "terminal.py" or "Console(" not in text, f"{file}: take vitreous.terminal.console"
+        assert 'TextColumn("{task.description}")' not in text, f"{file}: markup=False"

@@ -28,13 +28,11 @@ def prove(
     overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
 ) -> None:
     """Measure models against the first, on the same images and interleaved: accuracy, agreement, speed, size, attention drift."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from ..data import open_data
     from ..errors import VitreousError
     from ..files import writable
     from ..prove import prove, write_report
+    from ..terminal import console, progress_bar
 
     try:
         sizes = [int(b) for b in batches.split(",")]
@@ -52,8 +50,7 @@ def prove(
         models[_title(named, i)] = _opened(which, how)
     first = next(iter(models.values()))
     prepared = _told_by_file(first) if isinstance(named[0], str) and named[0].endswith(SHIPPED) else first
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=1.0)
         say = lambda what, share: bar.update(task, description=what, completed=share)
         told = lambda done, total: say("looking through the data", done / max(total, 1))
@@ -66,12 +63,12 @@ def prove(
     if printed:
         print(proof.to_json())
         return
-    console = Console()
-    console.print(proof, width=max(console.width, proof.width))
+    printer = console()
+    printer.print(proof, width=max(printer.width, proof.width))
     for line in filter(None, (proof.note, *(m.coverage and f"{m.name}: {m.coverage}" for m in proof.models))):
-        console.print(line, highlight=False, markup=False)
+        printer.print(line)
     for path in filter(None, (None if printed else json, report)):
-        console.print(f"written to {path}", highlight=False, markup=False)
+        printer.print(f"written to {path}")
 
 
 def _title(named: list[str], i: int) -> str:

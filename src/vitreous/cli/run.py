@@ -16,7 +16,7 @@ def run(
     shard: Annotated[str | None, typer.Option(help="only every nth picture from the ith on, as 3/16")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="threads of the runtime")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="f32, bf16 or f16 where the processor has it [default: the file's]")
+        str | None, typer.Option(help="f32, bf16 or f16 where the processor has it (default: the file's)")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
 ) -> None:
@@ -24,13 +24,13 @@ def run(
     import re
     import sys
 
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..errors import VitreousError
     from ..files import writable
     from ..ship import Runtime
     from ..ship.folder import answer_folder
+    from ..terminal import console
 
     part = (1, 1)
     if shard is not None:
@@ -43,9 +43,9 @@ def run(
         raise VitreousError(f"there is no folder {data}")
     writable(out, overwrite, "another --out")
     runtime = Runtime(file, threads=threads, precision=precision)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    watched = console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as bar:
         task = bar.add_task(f"{runtime.kind}", total=None)
         made = answer_folder(
             runtime, data, out, batch=batch, shard=part,

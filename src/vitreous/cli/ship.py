@@ -20,9 +20,9 @@ def ship(
     repository: Annotated[
         Path | None, typer.Option(help="write a repository for Triton and OpenVINO Model Server instead")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="of the model in the repository [default: MODEL]")] = None,
+    name: Annotated[str | None, typer.Option(help="of the model in the repository (default: MODEL)")] = None,
     format: Annotated[str, typer.Option(help="of the file in the repository: onnx or xml")] = "onnx",
-    batch: Annotated[int | None, typer.Option(min=1, max=2**16, help="the only batch size it is to take [default: any]")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=2**16, help="the only batch size it is to take (default: any)")] = None,
     with_preprocessing: Annotated[
         bool, typer.Option(help="take uint8 pictures of any size, and prepare them in the file")
     ] = False,
