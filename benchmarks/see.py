@@ -3,6 +3,8 @@
     python benchmarks/see.py faithfulness                                                  # bundled model, Fashion-MNIST's sample
     python benchmarks/see.py faithfulness --weights W.safetensors --photos FOLDER          # DINOv2 ViT-S/14 at 224, photographs
     python benchmarks/see.py cost --weights W.safetensors --photos FOLDER                  # multiples of its forward pass
+    python benchmarks/see.py rules --weights W.safetensors --photos FOLDER --images 8      # lrp by the stable and published rule
+    python benchmarks/see.py memory --only lrp                                             # four images at 518 pixels
 
 `faithfulness` keeps what it measured in docs/results/see-faithfulness-<model>.json, and measures what is not there; `--only`
 names methods. What the sanity check found is written to src/vitreous/see/sanity.toml, from which every mark of a failed one
@@ -14,7 +16,9 @@ Prints Markdown. Needs `pip install -e ".[see]"`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,9 +127,45 @@ def cost(a: argparse.Namespace, say: Say) -> None:
     print(f"\n{name}, one image, {a.threads} threads, {a.rounds} interleaved rounds, medians and 95 % intervals")
 
 
+def rules(a: argparse.Namespace, say: Say) -> None:
+    """How alike are `lrp` by the stable rule in float32, by the published rule in float64, and by that in float32?"""
+    name, model = opened(a)
+    data = vt.data.open_data(str(a.photos or "sample"), model, limit=a.images, seed=a.seed)
+    maps: dict[str, list[Tensor]] = {}
+    for i in range(len(data)):
+        x = data.tensor([i])
+        maps.setdefault("stable, float32", []).append(vt.see.lrp(model, x))
+        maps.setdefault("stable, float64", []).append(vt.see.lrp(copy.deepcopy(model).double(), x.double()))
+        maps.setdefault("published, float64", []).append(vt.see.lrp(model, x, published=True))
+        # Rounding of the picture to the last digits of float32 is the smallest change that there is.
+        nudged = x * (1 + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(a.seed)))
+        maps.setdefault("published, float64, picture changed by 1e-7", []).append(vt.see.lrp(model, nudged, published=True))
+        say("photographs", (i + 1) / len(data))
+    base = torch.cat(maps["published, float64"]).flatten(1)
+    print("| rule | correlation with the published rule in float64, mean and range over images |\n|---|---|")
+    for rule, found in maps.items():
+        pairs = zip(torch.cat(found).flatten(1).double(), base.double(), strict=True)
+        each = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
+        print(f"| {rule} | {float(each.mean()):.2f} ({float(each.min()):.2f} to {float(each.max()):.2f}) |")
+    print(f"\n{name}, {len(data)} images, seed {a.seed}, torch {torch.__version__}")
+
+
+def memory(a: argparse.Namespace, say: Say) -> None:
+    """The most memory that a process has held after four images at 518 pixels by one method, less what it held before."""
+    method = (a.only or ["lrp"])[0]
+    name, model = "dinov2_vits14 at 518", vt.open("vit_small_patch14_dinov2", img_size=518)
+    x = torch.randn(4, 3, 518, 518, generator=torch.Generator().manual_seed(a.seed))
+    with torch.no_grad():
+        model(x[:1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    vt.see.METHODS[method](model, x)
+    held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    print(f"{method}, {name}, 4 images: {held:.1f} GiB above the {before / 2**20:.1f} GiB of a forward pass")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("faithfulness", "cost"))
+    p.add_argument("what", choices=("faithfulness", "cost", "rules", "memory"))
     p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names; without, the bundled model")
     p.add_argument("--photos", type=Path, help="folder of photographs")
     p.add_argument("--only", nargs="*", choices=list(vt.see.METHODS), help="these methods")
@@ -145,7 +185,7 @@ def main() -> None:
             tasks[what] = tasks[what] if what in tasks else bar.add_task(what, total=1.0)
             bar.update(tasks[what], completed=share)
 
-        {"faithfulness": faithfulness, "cost": cost}[a.what](a, say)
+        {"faithfulness": faithfulness, "cost": cost, "rules": rules, "memory": memory}[a.what](a, say)
 
 
 if __name__ == "__main__":

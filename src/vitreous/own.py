@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial, wraps
+from types import CellType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def still(model: nn.Module) -> Iterator[nn.Module]:
     training = [m for m in own.modules() if m.training] if own is model else []
     own.eval()
     device = next((p.device.type for p in model.parameters()), "cpu")
-    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    grad = torch.is_grad_enabled()
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(grad), torch.autocast(device, enabled=False):
             yield own
@@ -50,6 +52,21 @@ def run(own: nn.Module, x: Tensor) -> Any:
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VitreousError(f"{type(own).__name__} does not run on images {list(x.shape)}: {reason}") from error
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def exact(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with autocast off, so that what is summed in it keeps its digits."""
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return inner
 
 
 class Through(nn.Module):
@@ -72,6 +89,8 @@ class Through(nn.Module):
 
 def _copied(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
+    if any(_holds_a_module(value) for m in modules for value in vars(m).values()):
+        return model
     with torch.inference_mode(False), torch.no_grad():
         held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()))
         memo: dict[int, Any] = {id(t): _usable(t) for t in held if isinstance(t, Tensor)}
@@ -90,6 +109,14 @@ def _copied(model: nn.Module) -> nn.Module:
             if value is True and CHECKPOINTING.search(name):
                 setattr(m, name, False)
     return own
+
+
+def _holds_a_module(value: Any) -> bool:
+    """Whether a function was set on a module that remembers one: its copy would run the modules of the original."""
+    inside = [c.cell_contents for c in getattr(value, "__closure__", None) or () if c != CellType()]
+    if isinstance(value, partial):
+        inside += [value.func, *value.args, *value.keywords.values()]
+    return any(isinstance(getattr(v, "__self__", v), nn.Module) for v in inside)
 
 
 def _usable(t: Tensor) -> Tensor:

@@ -32,13 +32,17 @@ from torch.overrides import TorchFunctionMode
 
 from .anatomy import Anatomy, read
 from .errors import VitreousError
+from .multihead import multi_head
+from .outputs import answer
+from .own import still
+from .score import Target, criterion
 
 
 @dataclass(frozen=True)
 class Relevance:
     """Relevances of a batch, in shares of the explained `score`: times it, they are parts of it."""
 
-    score: Tensor  # [B]: the logit of the target, or the squared norm of the features of a model without classes
+    score: Tensor  # [B]: the logit of the target, or what `vitreous.score` makes of features
     pixels: Tensor  # [B, C, H, W]
     entering: Tensor  # [B, N]: of each token, prefix tokens first, as it enters the first block; sums to 1
     leaving: Tensor  # [B, N]: as it leaves the last block
@@ -50,9 +54,10 @@ class Relevance:
 def relevance(
     model: nn.Module,
     x: Tensor,
-    target: int | Tensor | None = None,
+    target: Target = None,
     gradients: bool = False,
     anatomy: Anatomy | None = None,
+    published: bool = False,
 ) -> Relevance:
     """Where the score of `target` came from.
 
@@ -61,44 +66,42 @@ def relevance(
 
     Args:
         x: images `[B, C, H, W]`, each explained as if it were alone.
-        target: class index for all images, or `[B]`; the predicted class by default. A model without a classifier is
-            explained by the squared norm of its features, feature by feature its square, unless an index is given.
+        target: class index for all images, or `[B]`; the predicted class by default. Features are explained as
+            `vitreous.score` tells, feature by feature its square, unless an index is given.
         gradients: also the gradients of the score for the attention probabilities.
         anatomy: what `anatomy.read` says of the model, where it has been read already.
+        published: sums and products of two activations by the paper's own rules, in float64, without which they are noise.
 
     Raises `VitreousError` for models whose blocks are not plain, for unknown targets, and naming the function for which
     there is no rule.
     """
     anatomy = anatomy or read(model)
     anatomy.require_plain("layer-wise relevance propagation")
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    held = (*model.named_parameters(), *model.named_buffers())
-    state = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in held}
-    weights = {id(t): n.rpartition(".")[0] for n, t in state.items()}
-    tape = Tape(anatomy.kind, x.shape, [a.name for a in anatomy.attention], weights)
+    explain = criterion(model, x)
     ends: list[Tensor] = []  # the tokens before the first and after the last block
 
     def before(_: nn.Module, given: tuple[Tensor, ...]) -> None:
         ends.append(given[0])
 
-    def after(_: nn.Module, __: Any, out: Tensor) -> None:
-        ends.append(out)
+    def after(_: nn.Module, __: Any, out: Any) -> None:
+        ends.append(out[0] if isinstance(out, tuple) else out)
 
-    first, last = (model.get_submodule(anatomy.blocks[i].name) for i in (0, -1))
-    handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    with torch.inference_mode(False), torch.enable_grad():
+    with still(model) as own, torch.enable_grad():
+        dtype = torch.float64 if published else next((p.dtype for p in own.parameters() if p.is_floating_point()), torch.float32)
+        held = (*own.named_parameters(), *own.named_buffers())
+        state = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in held}
+        weights = {id(t): n.rpartition(".")[0] for n, t in state.items()}
+        tape = Tape(anatomy.kind, x.shape, [a.name for a in anatomy.attention], weights, published)
+        first, last = (own.get_submodule(anatomy.blocks[i].name) for i in (0, -1))
+        handles = [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
         image = x.detach().to(dtype).clone().requires_grad_()
         try:
             with tape:
-                out = torch.func.functional_call(model, state, (image,))
+                out = answer(torch.func.functional_call(own, state, (image,)))
         finally:
             for handle in handles:
                 handle.remove()
-            for m in training:
-                m.training = True
-        score, start = explained(out, target, anatomy)
+        score, start = explain(out, target)
         probs = list(tape.probs.values())
         slopes = torch.autograd.grad(score.sum(), probs, retain_graph=True) if gradients else ()
         tape.way.relevance = True
@@ -112,29 +115,6 @@ def relevance(
         dict(zip(tape.probs, maps, strict=True)),
         dict(zip(tape.probs, slopes, strict=False)),
     )
-
-
-def explained(out: Any, target: int | Tensor | None, anatomy: Anatomy) -> tuple[Tensor, Tensor]:
-    """The score `[B]` that is explained, and the relevance `[B, outputs]` with which its propagation begins.
-
-    The logit of the target, by default of the predicted class; of a model without a classifier the squared norm of its
-    features, unless an index is given. Raises `VitreousError` for outputs that are no `[B, classes]`, and unknown targets.
-    """
-    if not isinstance(out, Tensor) or out.ndim != 2:
-        given = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise VitreousError(f"scores [B, classes] can be explained; {anatomy.kind} gives {given}: use see.rollout")
-    if target is None and anatomy.classifier is None:
-        squares = out.detach().square()
-        return out.square().sum(1), squares / squares.sum(1, keepdim=True).clamp_min(torch.finfo(out.dtype).tiny)
-    index = torch.as_tensor(out.argmax(1) if target is None else target, device=out.device)
-    if index.is_floating_point() or index.ndim > 1 or (index.ndim == 1 and len(index) != len(out)):
-        raise VitreousError(
-            f"target must be one class or one for each of the {len(out)} images, not {index.dtype} {list(index.shape)}"
-        )
-    if int(index.min()) < 0 or int(index.max()) >= out.shape[1]:
-        raise VitreousError(f"{anatomy.kind} has classes 0 to {out.shape[1] - 1}: there is no target {target}")
-    index = index.long().expand(len(out))[:, None]
-    return out.gather(1, index)[:, 0], torch.zeros_like(out).scatter_(1, index, 1.0)
 
 
 Convolution = tuple[Any, ...]  # stride, padding, dilation and groups, as F.conv2d takes them
@@ -165,6 +145,22 @@ def product_rule(a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Te
     signed = s * y.sign()
     of_a = (a * (signed @ b.mT)).addcmul_(a_size, s @ b_size.mT)
     return of_a, (b * (a.mT @ signed)).addcmul_(b_size, a_size.mT @ s)
+
+
+def published_sum_rule(a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 8 to 10: shares a / y and b / y, negative ones too; then each summand's sum becomes its size's share of all."""
+    s = torch.where(y == 0, 0, r / y)
+    parts = [a * s, b * s]
+    sums = [part.flatten(1).sum(1) for part in parts]
+    whole = r.flatten(1).sum(1) / (sums[0].abs() + sums[1].abs()).clamp_min(1e-30)
+    of_a, of_b = ((t.sign() * whole).view(-1, *[1] * (y.ndim - 1)) * part for t, part in zip(sums, parts, strict=True))
+    return of_a, of_b
+
+
+def published_product_rule(a: Tensor, b: Tensor, y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 7: to both factors of each contribution c of y = a @ b its part c / y, negative ones too."""
+    s = torch.where(y == 0, 0, r / y)
+    return a * (s @ b.mT), b * (a.mT @ s)
 
 
 def mean_rule(x: Tensor, y: Tensor, r: Tensor, dim: int) -> Tensor:
@@ -235,12 +231,14 @@ class Fork(torch.autograd.Function):
 Rule = Callable[[Tensor], Sequence[Tensor | None]]
 
 POINTWISE = {
-    F.layer_norm, F.rms_norm, F.batch_norm, F.softmax, torch.softmax, Tensor.softmax, F.gelu, F.relu, torch.relu, Tensor.relu,
+    F.layer_norm, F.rms_norm, F.batch_norm, F.normalize, torch.neg, Tensor.neg, Tensor.__neg__,
+    F.softmax, torch.softmax, Tensor.softmax, F.gelu, F.relu, torch.relu, Tensor.relu,
     F.silu, F.tanh, torch.tanh, Tensor.tanh, torch.sigmoid, Tensor.sigmoid, F.hardswish, F.elu, F.leaky_relu, F.softplus,
     torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.fake_quantize_per_tensor_affine,
 }  # fmt: skip
 DIVISIONS = {torch.div, Tensor.div, Tensor.__truediv__}
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
+NORMS = {torch.norm, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm}
 SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 MEANS = {torch.mean, Tensor.mean}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -256,8 +254,12 @@ MOVES = {
 class Tape(TorchFunctionMode):
     """While active, makes a `Fork` of whatever is computed from the image."""
 
-    def __init__(self, kind: str, pixels: torch.Size, attention: Sequence[str], weights: dict[int, str]) -> None:
+    def __init__(
+        self, kind: str, pixels: torch.Size, attention: Sequence[str], weights: dict[int, str], published: bool = False
+    ) -> None:
         super().__init__()
+        self.sum_rule = published_sum_rule if published else sum_rule
+        self.product_rule = published_product_rule if published else product_rule
         self.kind, self.pixels, self.attention, self.weights = kind, pixels, attention, weights
         self.way = Way()  # not the tape itself: graphs that hold what holds them are never freed
         self.probs: dict[str, Tensor] = {}
@@ -274,6 +276,8 @@ class Tape(TorchFunctionMode):
                 return self._convolution(*args, **kwargs)
             if func is F.scaled_dot_product_attention:
                 return self._attention(*args, **kwargs)
+            if func in NORMS:
+                return self._fork("", lambda _: [None], func(*args, **kwargs), args[0])
             if func in PRODUCTS:
                 return self._product(*args)
             if func in SUMS and not kwargs:
@@ -284,6 +288,11 @@ class Tape(TorchFunctionMode):
                     return self._fork("", lambda r: [mean_rule(x.detach(), y.detach(), r, dim)], y, x)
             if func in POINTWISE or (func in DIVISIONS and not _needs(args[1])):
                 return self._pointwise(func, args, kwargs)
+            if func in DIVISIONS and args[1].shape[-1:] == (1,) != args[0].shape[-1:]:  # by a norm of the same tokens
+                x, y = args[0], func(*args, **kwargs)
+                return self._fork("", lambda r: [r, None], y, x, args[1])
+        if func is F.multi_head_attention_forward:
+            return multi_head(self._mixed, *args, **kwargs, linear=self._linear)
         out = func(*args, **kwargs)
         if func.__name__ not in MOVES and any(t.requires_grad for t in _tensors(out)):
             raise VitreousError(f"relevance has no rule for '{func.__name__}', which {self.kind} calls")
@@ -310,10 +319,10 @@ class Tape(TorchFunctionMode):
 
         if constant(a) or constant(b):
             return self._pointwise(torch.add, (a, b), {})
-        y = a + b
+        y, rule_of = a + b, self.sum_rule
 
         def rule(r: Tensor) -> list[Tensor | None]:
-            parts = zip((a, b), sum_rule(a.detach(), b.detach(), y.detach(), r), strict=True)
+            parts = zip((a, b), rule_of(a.detach(), b.detach(), y.detach(), r), strict=True)
             return [part.sum_to_size(t.shape) if t.requires_grad else None for t, part in parts]
 
         return self._fork("", rule, y, a, b)
@@ -322,10 +331,10 @@ class Tape(TorchFunctionMode):
         """The first of a pair is queries times keys; after the softmax, probabilities times values."""
         self.scores = not self.scores
         name = self._owner() + ".qk" if self.scores else list(self.probs)[-1] + ".av"
-        y, takers = a @ b, [t.requires_grad for t in (a, b)]
+        y, takers, rule_of = a @ b, [t.requires_grad for t in (a, b)], self.product_rule
 
         def rule(r: Tensor) -> list[Tensor | None]:
-            parts = product_rule(a.detach(), b.detach(), y.detach(), r / sum(takers))
+            parts = rule_of(a.detach(), b.detach(), y.detach(), r / sum(takers))
             return [part if takes else None for part, takes in zip(parts, takers, strict=True)]
 
         return self._fork(name, rule, y, a, b)
@@ -341,6 +350,9 @@ class Tape(TorchFunctionMode):
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         return self._product(self._pointwise(torch.softmax, (scores, -1), {}), v)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, None]:
+        return self._attention(q, k, v, mask), None
 
     def _pointwise(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """All relevance to the one input, or in equal parts to the factors of a gate."""

@@ -40,7 +40,7 @@ def test_methods_and_classes(photo: Path, monkeypatch: pytest.MonkeyPatch, capsy
     )
     for options, match in refused:
         status, _, error = command(monkeypatch, capsys, "see", str(photo), *options, "--out", str(photo.with_name("no.png")))
-        assert status == 2 and match in error and error.count("\n") == 1
+        assert status == 2 and match in error.splitlines()[-1] and "Traceback" not in error
     assert not photo.with_name("no.png").exists()
 
 
@@ -50,7 +50,7 @@ def test_a_failed_sanity_check_is_said(photo: Path, monkeypatch: pytest.MonkeyPa
     _, _, error = command(monkeypatch, capsys, "see", str(photo), "--method", "rollout")
     assert "caution: rollout fails the sanity check" in error
     _, _, error = command(monkeypatch, capsys, "see", str(photo), "--method", "attention")
-    assert error == ""
+    assert "caution" not in error
 
 
 def test_faithful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

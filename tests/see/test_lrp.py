@@ -124,5 +124,5 @@ def test_a_target_that_fits_a_part_of_the_images_alone_is_refused(vit: nn.Module
     """Images are explained a few at a time: a target for one such part must not be taken for each of them."""
     x = torch.randn(2 * BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for explain in (lrp, transformer_attribution):
-        with pytest.raises(VitreousError, match=f"each of the {2 * BATCH} images, not {BATCH}"):
+        with pytest.raises(VitreousError, match=f"each of the {2 * BATCH} images, not int64"):
             explain(vit, x, torch.zeros(BATCH, dtype=torch.long))

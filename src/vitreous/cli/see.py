@@ -37,6 +37,8 @@ def see(
     from ..errors import VitreousError, nearest
     from ..files import writable, write_whole
     from ..models.dependencyvit import dependency_tree
+    from ..outputs import answer, embeds
+    from ..own import run, still
     from ..prove.drawing import enlarge, overlay, survival
     from ..see.methods import CLASSLESS
     from ..see.tree import draw_tree
@@ -59,8 +61,8 @@ def see(
     prepared = preparation(net)
     picture = whole.convert(prepared.mode)
     x, shown = prepared.to_tensor(picture)[None], prepared.view(picture)
-    with torch.no_grad():
-        logits = net(x)
+    with torch.no_grad(), still(net) as own:
+        logits = answer(run(own, x))
     panels = [enlarge(shown)]
     if tokens:
         maps = room.survival(net, x)
@@ -84,9 +86,21 @@ def see(
     buffer = io.BytesIO()
     sheet.convert("RGB").save(buffer, "PNG")
     write_whole(file, buffer.getvalue())
-    if logits.shape[-1] == getattr(net, "num_classes", 0):
-        best = logits[0].softmax(-1)
-        print(f"class {int(best.argmax())}, probability {float(best.max()):.3f}")
+    if logits.ndim == 2 and not embeds(net, x):
+        best = logits[0].softmax(-1) if logits.shape[1] > 1 else logits[0].sigmoid()
+        print(f"{_class(net, int(best.argmax()), len(best))}, probability {float(best.max()):.3f}")
     print(f"{drawn} written to {file}")
     if not tokens and not tree and (failed := room.warning(method)):
         print(f"caution: {failed}", file=sys.stderr)
+
+
+def _class(net: Any, number: int, classes: int) -> str:
+    """The name of a class and its number; ImageNet's names for a model of its 1,000 classes that tells none."""
+    from timm.data import ImageNetInfo
+
+    from ..expects import class_names
+
+    names = class_names(net)
+    if not names and classes == 1000:
+        return f"{ImageNetInfo().index_to_description(number)} (class {number})"
+    return f"{names[number]} (class {number})" if number < len(names) else f"class {number}"

@@ -15,13 +15,14 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from ..anatomy import read
 from ..errors import VitreousError
+from ..outputs import embeds
+from ..own import still
 from .machine import describe
 from .randomisation import Stage, stages
 from .result import Result
 from .statistics import Interval, bootstrap_mean, wilson
-from .subject import at_rest, caller
+from .subject import caller
 
 Explain = Callable[[nn.Module, Tensor, Any], Tensor]
 
@@ -94,6 +95,7 @@ def faithfulness(
     sanity_images: int = 16,
     bound: float = BOUND,
     seed: int = 0,
+    multi_label: bool = False,
     progress: Callable[[str, float], None] | None = None,
 ) -> Faithfulness:
     """Measure how far each of `explanations`, `(model, x [B, C, H, W], target [B] or None)` to heatmaps `[B, h, w]`, is true.
@@ -107,8 +109,9 @@ def faithfulness(
     - The sanity check of `prove.randomisation` on the first `sanity_images`: it fails when the heatmaps of the model whose
       parameters are all random still correlate by more than `bound` with those of the model.
 
-    The score is the probability of `labels` `[B]`, by default of the predicted class; of a model without a classifier the cosine
-    between its features and those of the whole image, and then the explanations are given no target. All intervals are 95 %,
+    The score is the probability of `labels` `[B]`, by default of the predicted class: by softmax, or where `multi_label` or where
+    there is one logit by sigmoid. Of a model that gives features it is the cosine between them and those of the whole image, and
+    then the explanations are given no target. All intervals are 95 %,
     over the images; the gain over a random order is paired.
 
     - `boxes`: `[B, 4]`, left, top, right, bottom in pixels of `images`; a row of NaN for an image without one.
@@ -120,15 +123,15 @@ def faithfulness(
     labels = _checked(explanations, images, labels, boxes, steps)
     say = progress or (lambda task, fraction: None)
     found = []
-    with at_rest({"model": model}, None), torch.inference_mode(False), torch.no_grad():
-        target, score = _score(model, images, labels)
+    with torch.no_grad(), still(model) as own:
+        target, score, called = _score(own, images, labels, multi_label)
         blurred, blank = _blur(images), torch.zeros_like(images)
         ways = ((blurred, images, 1), (images, blank, -1))  # what the patches are of before and after, and whether much is good
         few, few_targets = images[:sanity_images], None if target is None else target[:sanity_images]
         by_chance: dict[tuple[int, ...], list[np.ndarray]] = {}  # the areas of random orders, by grid
         for name, explain in explanations.items():
             try:
-                maps = _maps(explain, model, images, target)
+                maps = _maps(explain, own, images, target)
                 grid = maps.shape[1:]
                 order, random = _orders(torch.from_numpy(maps), seed)
                 if grid not in by_chance:
@@ -140,7 +143,7 @@ def faithfulness(
                     curves.append(Curve(bootstrap_mean(area, seed), bootstrap_mean(gain, seed)))
                     say(f"{name}: insertion and deletion", (i + 1) / 2)
                 again = partial(_maps, explain, images=few, target=few_targets)
-                checked = stages(model, again, seed, partial(say, f"{name}: sanity check"))
+                checked = stages(own, again, seed, partial(say, f"{name}: sanity check"))
             except VitreousError as error:
                 found.append(Measure(name, error=str(error)))
                 continue
@@ -152,7 +155,7 @@ def faithfulness(
             model=type(model).__name__,
             images=len(images),
             sanity_images=min(sanity_images, len(images)),
-            score="cosine to the whole image's features" if target is None else "probability of the class",
+            score=called,
             blurred=float(score(blurred, slice(None)).mean()),
             blank=float(score(blank, slice(None)).mean()),
             whole=float(score(images, slice(None)).mean()),
@@ -178,20 +181,33 @@ def _checked(explanations: Any, images: Any, labels: Any, boxes: Any, steps: int
     return labels
 
 
-def _score(model: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Callable[[Tensor, slice], Tensor]]:
-    """What the explanations are asked for, `[B]` or None, and the score `[n]` of changed images at some places of the batch."""
+def _score(
+    model: nn.Module, images: Tensor, labels: Tensor | None, multi_label: bool
+) -> tuple[Tensor | None, Callable[[Tensor, slice], Tensor], str]:
+    """What the explanations are asked for, `[B]` or None, the score `[n]` of changed images at some places of the batch, and
+    what it is called."""
     call = caller("model", model)
 
     def outputs(x: Tensor) -> Tensor:
         return torch.cat([call(part).answer for part in x.split(CHUNK)])
 
     whole = outputs(images)
-    if read(model).classifier is None and labels is None:
-        return None, lambda x, at: torch.cosine_similarity(outputs(x), whole[at])
-    target = whole.argmax(1) if labels is None else labels.long()
+    if labels is None and embeds(model, images):
+        flat = whole.flatten(1)
+        cosine = lambda x, at: torch.cosine_similarity(outputs(x).flatten(1), flat[at])
+        return None, cosine, "cosine to the whole image's features"
+    if whole.ndim != 2:
+        raise VitreousError(f"labels need scores [B, classes]; {type(model).__name__} gives {list(whole.shape)}: leave them out")
+    if whole.shape[1] == 1:  # its softmax is 1, whatever is seen
+        target, name = torch.zeros(len(images), dtype=torch.long), "probability (sigmoid) of the one class"
+    else:
+        target = whole.argmax(1) if labels is None else labels.long()
+        name = f"probability{' (sigmoid)' if multi_label else ''} of the class"
     if int(target.min()) < 0 or int(target.max()) >= whole.shape[1]:
         raise VitreousError(f"labels must be classes 0 to {whole.shape[1] - 1} of {type(model).__name__}")
-    return target, lambda x, at: outputs(x).softmax(1).gather(1, target[at, None])[:, 0]
+    if multi_label or whole.shape[1] == 1:
+        return target, lambda x, at: outputs(x).sigmoid().gather(1, target[at, None])[:, 0], name
+    return target, lambda x, at: outputs(x).softmax(1).gather(1, target[at, None])[:, 0], name
 
 
 def _maps(explain: Explain, model: nn.Module, images: Tensor, target: Tensor | None) -> np.ndarray:

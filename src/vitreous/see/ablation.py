@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..glass import glass
+from ..outputs import answer
+from ..own import run
 from ..parts import branch, emit, project
 from .hot import Hot
-from .patches import run
 from .tail import Trunk, trunk, why_no_trunk
 
 FLOATS = 2**20
@@ -62,15 +63,15 @@ def without_each_head(
 
     With its `hot_blocks`, all heads of a block reuse the stream that enters it and its attention; each head's part of the output
     projection is subtracted, and the copies run together through the blocks after. Where the classifier reads a few tokens
-    only, the last block is computed for those. `model` is in eval mode. Without, or where the model does something of its own
-    between blocks, one pass a head under `glass`.
+    only, the last block is computed for those. `model` is as `own.still` gives it. Without, or where the model does something
+    of its own between blocks, one pass a head under `glass`.
     """
     with torch.no_grad():
         if blocks is not None:
             with trunk(model, x, anatomy) as found:
                 if found is not None:
                     return found.out, [_outputs(model, anatomy, found, i, blocks) for i in range(len(anatomy.blocks))]
-        return run(model, x), list(_one_by_one(model, x, anatomy))
+        return answer(run(model, x)), list(_one_by_one(model, x, anatomy))
 
 
 def _one_by_one(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Tensor]:
@@ -82,7 +83,7 @@ def _one_by_one(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Tenso
         for head in range(int(cast(Tensor, g[name].attention))):
             with glass(model, record=()) as masked:
                 masked.mask_heads(name, head)
-                outputs.append(run(model, x))
+                outputs.append(answer(run(model, x)))
         yield torch.stack(outputs)
 
 

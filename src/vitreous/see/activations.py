@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, read
 from ..blocks import Reduction, traced
 from ..errors import VitreousError, nearest
-from ..relevance import explained
-from .patches import check_images, grid_of, on_grid, painting, run, still
+from ..own import exact, run, still
+from ..score import Target, criterion
+from .patches import check_images, grid_of, on_grid, painting
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Places:
     draw: Callable[[Tensor], Tensor]  # a value for each place [B, n] to heatmaps [B, h, w]; what is negative becomes 0
 
 
-def places(model: nn.Module, x: Tensor, target: int | Tensor | None, layer: int | str | None, gradients: bool = True) -> Places:
+def places(model: nn.Module, x: Tensor, target: Target, layer: int | str | None, gradients: bool = True) -> Places:
     """The places of a layer for images `x` `[B, C, H, W]`; `target` and `layer` as in `cam.grad_cam`.
 
     In a model slimmed by token steps, a token's value is painted on all patches in it; patches that were given up get
@@ -54,12 +55,11 @@ class _Elsewhere(VitreousError):
     """This layer has no places to show."""
 
 
-def _at(
-    model: nn.Module, x: Tensor, target: int | Tensor | None, anatomy: Anatomy, name: str, entering: bool, gradients: bool
-) -> Places:
-    module = model.get_submodule(name)
+def _at(model: nn.Module, x: Tensor, target: Target, anatomy: Anatomy, name: str, entering: bool, gradients: bool) -> Places:
     seen: list[tuple[Tensor, int]] = []
-    with torch.inference_mode(False), torch.no_grad(), still(model), traced(model) as trace:
+    explain = criterion(model, x) if gradients else None
+    with torch.no_grad(), still(model) as own, traced(own) as trace:
+        module = own.get_submodule(name)
 
         def cut(values: list[Any]) -> list[Any]:
             """The same with its first tensor as a leaf: the graph begins here, so the backward pass is short."""
@@ -83,15 +83,15 @@ def _at(
         else:
             handle = module.register_forward_hook(after)
         try:
-            out = run(model, x)
+            out = run(own, x)
         finally:
             handle.remove()
         if not seen:
             raise VitreousError(f"the layer '{name}' of {anatomy.kind} did not run: use another layer=")
         leaf, count = seen[-1]
         gradient = None
-        if gradients:
-            score = explained(getattr(out, "logits", out), target, anatomy)[0].sum()
+        if explain is not None:
+            score = explain(out, target)[0].sum()
             gradient = torch.autograd.grad(score, leaf, allow_unused=True)[0] if score.requires_grad else None
     values = leaf.detach().float()
     slopes = torch.zeros_like(values) if gradient is None else gradient.float()
@@ -160,6 +160,7 @@ def _on_tokens(
             f"layer '{name}' of {anatomy.kind} gives {values.shape[1]} tokens for {h} × {w} patches: use another layer="
         )
 
+    @exact
     def draw(cam: Tensor) -> Tensor:
         whole = torch.cat([cam.new_zeros(len(cam), prefix), cam], 1)
         return on_grid((whole[:, None] @ painting(done, whole, prefix + h * w))[:, 0], (h, w)).relu()

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..score import Target
 from .activations import places
 
 
-def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, layer: int | str | None = None) -> Tensor:
+def grad_cam(model: nn.Module, x: Tensor, target: Target = None, layer: int | str | None = None) -> Tensor:
     """Heatmaps `[B, h, w]`: how much each place in a layer raises the score of the target class.
 
     Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization" (ICCV 2017),
@@ -21,8 +22,8 @@ def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, la
 
     Args:
         x: images `[B, C, H, W]`.
-        target: class index for all images, or `[B]`; the predicted class by default. A model without a classifier is
-            explained by the squared norm of its features.
+        target: class index for all images, or one for each; the predicted class by default. Features are explained as
+            `vitreous.score` tells.
         layer: number of an attention block, whose attention's input is taken, or the dotted name of any module, whose
             output is.
 
@@ -33,7 +34,7 @@ def grad_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, la
     return p.draw((p.slopes.mean(2, keepdim=True) * p.values).sum(1))
 
 
-def grad_cam_pp(model: nn.Module, x: Tensor, target: int | Tensor | None = None, layer: int | str | None = None) -> Tensor:
+def grad_cam_pp(model: nn.Module, x: Tensor, target: Target = None, layer: int | str | None = None) -> Tensor:
     """Heatmaps `[B, h, w]`: Grad-CAM that lets each of several places of a class count, not only the largest.
 
     Chattopadhyay et al., "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep Convolutional Networks" (WACV
@@ -49,7 +50,7 @@ def grad_cam_pp(model: nn.Module, x: Tensor, target: int | Tensor | None = None,
     return p.draw((weights * p.values).sum(1))
 
 
-def layer_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, layer: int | str | None = None) -> Tensor:
+def layer_cam(model: nn.Module, x: Tensor, target: Target = None, layer: int | str | None = None) -> Tensor:
     """Heatmaps `[B, h, w]`: Grad-CAM in which every place has weights of its own, so that earlier layers show detail.
 
     Jiang et al., "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization" (TIP 2021), eq. 5 to 7: activations
@@ -60,7 +61,7 @@ def layer_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, l
     return p.draw((p.slopes.relu() * p.values).sum(1))
 
 
-def eigen_cam(model: nn.Module, x: Tensor, target: int | Tensor | None = None, layer: int | str | None = None) -> Tensor:
+def eigen_cam(model: nn.Module, x: Tensor, target: Target = None, layer: int | str | None = None) -> Tensor:
     """Heatmaps `[B, h, w]`: where a layer differs most from its own mean, whatever the class.
 
     Muhammad & Yeasin, "Eigen-CAM: Class Activation Map using Principal Components" (IJCNN 2020): the places' activations

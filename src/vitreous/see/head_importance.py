@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..anatomy import Anatomy, read
 from ..errors import VitreousError, nearest
 from ..glass import glass
+from ..outputs import answer, embeds
+from ..own import run, still
 from ..work import tick
 from .ablation import HotBlock, hot_blocks, why_one_by_one, without_each_head
-from .patches import run, still
 from .stream import Images, Means, batches, interval, side_by_side
 
 ABLATED = ("loss", "accuracy", "output")
@@ -79,13 +80,13 @@ def head_importance(
     - "loss": cross-entropy without the head minus with it. Positive where the head helps.
     - "accuracy": the share of images that are right with the head, minus without.
     - "output": Kullback-Leibler divergence of the class probabilities without the head from those with it, in nats; for a
-      model without classes, the distance |f − f'| / |f| of its features.
+      model that gives features, the distance |f − f'| / |f| of its features.
     - "taylor": |∂L/∂ξ| at ξ = 1, where ξ scales what the head gives (Michel et al., 2019, section 4.1, not normalised).
     - "gradient_attention": Σ |A ⊙ ∂L/∂A| over queries and keys. Its signed sum is ∂L/∂ξ, so it is never below "taylor".
 
     Each is a mean over images. L is the cross-entropy with `labels`; without labels, with the model's own answers, and
-    "accuracy" is then agreement with them. A model without classes has "output", and gradients of its feature along a random
-    direction, one for each image.
+    "accuracy" is then agreement with them. One logit is taken for two classes. A model that gives features has "output", and
+    gradients of its feature along a random direction, one for each image.
 
     Removing a head zeroes what it gives before the output projection. All heads of a block share what comes before them, in
     models of plain blocks that keep all their tokens, unquantized; others take one pass a head (`shared`, `why_not`). Blocks
@@ -98,27 +99,22 @@ def head_importance(
         precision: "f32", or "bf16": what runs in OpenVINO multiplies in bfloat16 on a processor that has it (others go on in
             float32). Outputs without a head are then right to some 1e-2, which hardly changes the order of the heads.
 
-    Raises `VitreousError` for unknown metrics and precisions, a model without attention in blocks, labels that do not fit, and
-    gradients of a model whose probabilities cannot be differentiated (`nn.MultiheadAttention`).
+    Raises `VitreousError` for unknown metrics and precisions, a model without attention in blocks, and labels that do not fit.
     """
     if precision not in PRECISIONS:
         raise VitreousError(f"see.head_importance: precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     anatomy = read(model)
     if not anatomy.blocks:
         raise VitreousError(f"see.head_importance ranks attention heads, and {anatomy.kind} has none in its blocks")
-    classes = anatomy.classifier is not None
-    possible = (*ABLATED, *GRADIENTS) if classes else ("output", *GRADIENTS)
-    chosen = tuple(dict.fromkeys(possible if metrics is None else metrics))
-    if wrong := [m for m in chosen if m not in possible]:
-        raise VitreousError(f"no importance metric {wrong[0]!r} here{nearest(wrong[0], possible)}: {', '.join(possible)}")
-    if not chosen:
-        raise VitreousError(f"see.head_importance needs at least one of {', '.join(possible)}")
     why_not = why_one_by_one(model, anatomy)
     means, directions = Means(seed), torch.Generator().manual_seed(seed)
-    blocks = None if why_not else hot_blocks(model, anatomy, precision)
-    with still(model):
+    chosen: tuple[str, ...] = ()
+    with still(model) as own:
+        blocks = None if why_not else hot_blocks(own, anatomy, precision)
         for x, y in batches(images, labels, batch, model):
-            found = _measure(model, x, y if classes else None, anatomy, chosen, classes, blocks, directions)
+            classes = not embeds(model, x)
+            chosen = chosen or _chosen(metrics, classes)
+            found = _measure(own, x, y if classes else None, anatomy, chosen, classes, blocks, directions)
             means.add(torch.stack([found[m] for m in chosen], 1))
             tick(min(1.0, means.n / len(images)))
     values, drawn = means.mean(), means.resamples()
@@ -129,6 +125,16 @@ def head_importance(
         means.n, tuple(b.attention.name for b in anatomy.blocks), chosen, values, low, high,
         kendall(values[:, exist]), *interval(taus), not why_not, why_not,
     )  # fmt: skip
+
+
+def _chosen(metrics: Sequence[str] | None, classes: bool) -> tuple[str, ...]:
+    possible = (*ABLATED, *GRADIENTS) if classes else ("output", *GRADIENTS)
+    chosen = tuple(dict.fromkeys(possible if metrics is None else metrics))
+    if wrong := [m for m in chosen if m not in possible]:
+        raise VitreousError(f"no importance metric {wrong[0]!r} here{nearest(wrong[0], possible)}: {', '.join(possible)}")
+    if not chosen:
+        raise VitreousError(f"see.head_importance needs at least one of {', '.join(possible)}")
+    return chosen
 
 
 def kendall(values: np.ndarray) -> np.ndarray:
@@ -156,16 +162,24 @@ def _measure(
         found |= _gradients(model, x, y, anatomy, classes, directions)
     if set(metrics) & set(ABLATED):
         out, removed = without_each_head(model, x, anatomy, blocks)
+        if classes:
+            out, removed = _two(out), [_two(r) for r in removed]
         y = out.argmax(1) if y is None and classes else y
         layers = [_lost(out, without, y) for without in removed]
         found |= {m: side_by_side([layer[m] for layer in layers]) for m in layers[0]}
     return found
 
 
+def _two(out: Tensor) -> Tensor:
+    """One logit `[…, 1]` says whether or not: as two classes, of which the first has 0. More stay as they are."""
+    return F.pad(out, (1, 0)) if out.shape[-1] == 1 else out
+
+
 def _lost(out: Tensor, without: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     """Each metric `[B, heads]`, from the outputs `[B, K]` of the model and `[heads, B, K]` without each head."""
     if y is None:
-        return {"output": ((without - out).norm(dim=-1) / out.norm(dim=-1).clamp_min(1e-12)).T}
+        moved, size = (without - out).flatten(2).norm(dim=-1), out.flatten(1).norm(dim=-1)
+        return {"output": (moved / size.clamp_min(1e-12)).T}
     before, after = out.log_softmax(-1), without.log_softmax(-1)
     truth = y.expand(len(after), -1)[..., None]
     return {
@@ -181,20 +195,15 @@ def _gradients(
     names = [b.attention.name for b in anatomy.blocks]
     # The images ask for gradients, so that a frozen model has them too; its weights' are never computed.
     with torch.inference_mode(False), torch.enable_grad(), glass(model, layers=names, grad=True) as g:
-        out = run(model, x.clone().requires_grad_())
+        out = answer(run(model, x.clone().requires_grad_()))
         if classes:
+            out = _two(out)
             loss = F.cross_entropy(out, out.argmax(1) if y is None else y, reduction="sum")
         else:
             way = F.normalize(torch.randn(out.shape, generator=directions).flatten(1), dim=1).view_as(out)
             loss = (way.to(out) * out).sum()
         maps = [a for name in names if (a := g[name].attention) is not None]
-        try:
-            gradients = torch.autograd.grad(loss, maps)
-        except RuntimeError:
-            raise VitreousError(
-                f"the attention of {anatomy.kind} cannot be differentiated (nn.MultiheadAttention hides its probabilities): "
-                f"choose metrics among {', '.join(ABLATED)}"
-            ) from None
+        gradients = torch.autograd.grad(loss, maps)
     if any(a.ndim != 4 or len(a) != len(x) for a in maps):
         raise VitreousError(f"{anatomy.kind} attends in windows: choose metrics among {', '.join(ABLATED)}")
     products = [(a * d).detach().float() for a, d in zip(maps, gradients, strict=True)]

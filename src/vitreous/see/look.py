@@ -13,7 +13,9 @@ from ..anatomy import Anatomy
 from ..blocks import Reduction, traced
 from ..errors import VitreousError
 from ..glass import View, glass
-from .patches import before, class_row, grid_of, on_grid, places, run, shares, still
+from ..outputs import answer
+from ..own import exact, run, still
+from .patches import Reading, before, grid_of, on_grid, places, shares
 
 Query = Literal["class"] | int
 
@@ -26,16 +28,17 @@ class Layer:
     attention: Tensor
     grid: tuple[int, int]
     prefix: int
-    by_class: bool
+    read: Tensor  # [B, prefix + 1]: the shares of each prefix token and of all patches in what the model reads
     reductions: list[Reduction]
     problem: str = ""
 
+    @exact
     def maps(self, query: Query = "class") -> Tensor:
         """`[B, heads, h, w]`: what "class", or a patch by its number row by row, pays to each patch.
 
         A token's attention is divided among the patches in it by their shares; what was dropped gets 0, and so does the
-        whole map of a patch that was given up. A model that does not read its class token (average or attention pooling) is
-        shown by the mean over all queries of patches, or over its pooling queries. Raises `VitreousError` for unknown
+        whole map of a patch that was given up. A model that does not read its class token alone is shown by what it reads: the
+        mean over all queries of patches, or over its pooling queries. Raises `VitreousError` for unknown
         patches, and for layers that do not attend over the whole grid (windows).
         """
         if self.problem:
@@ -43,7 +46,10 @@ class Layer:
         (h, w), a, first = self.grid, self.attention, self.prefix + self.grid[0] * self.grid[1]
         pooling = a.shape[2] < a.shape[3]
         if query == "class":
-            rows = a[:, :, 0] if self.by_class or pooling else a[:, :, self.prefix :].mean(2)
+            read = self.read[:, -self.prefix - 1 :].to(a)
+            read = (read / read.sum(1, keepdim=True).clamp_min(1e-12))[:, None, :, None]
+            asked = torch.cat([a[:, :, : self.prefix], a[:, :, self.prefix :].mean(2, keepdim=True)], 2)
+            rows = a.mean(2) if pooling else (read * asked).sum(2)
         elif pooling or not 0 <= query < h * w:
             raise VitreousError(f"layer '{self.name}' has no query {query}: choose 'class' or, in a block, 0 to {h * w - 1}")
         else:
@@ -69,12 +75,19 @@ def look(model: nn.Module, x: Tensor, layers: Sequence[int | str] | None = None,
     Raises `VitreousError` for models without attention or without one grid of patches, and for unknown layers.
     """
     anatomy, grid = grid_of(model, x, purpose)
-    with torch.no_grad(), still(model), traced(model) as trace, glass(model, layers=layers) as g:
-        out = run(model, x)
-    return Look(getattr(out, "logits", out), grid, [_layer(view, anatomy, grid, trace, len(x)) for view in g.views])
+    with (
+        torch.no_grad(),
+        still(model) as own,
+        traced(own) as trace,
+        glass(own, layers=layers) as g,
+        Reading(own, anatomy) as reading,
+    ):
+        out = run(own, x)
+        read = reading.groups(out)
+    return Look(answer(out).detach(), grid, [_layer(view, anatomy, grid, read, trace, len(x)) for view in g.views])
 
 
-def _layer(view: View, anatomy: Anatomy, grid: tuple[int, int], trace: Sequence[Reduction], images: int) -> Layer:
+def _layer(view: View, anatomy: Anatomy, grid: tuple[int, int], read: Tensor, trace: Sequence[Reduction], images: int) -> Layer:
     assert view.attention is not None
     name, a, (h, w) = view.name, view.attention.float(), grid
     done = before(trace, anatomy, next((b.name for b in anatomy.blocks if b.attention.name == name), name))
@@ -88,4 +101,4 @@ def _layer(view: View, anatomy: Anatomy, grid: tuple[int, int], trace: Sequence[
             f"layer '{name}' of {anatomy.kind} attends over {a.shape[-1]} tokens (windows, pooling or channels), "
             f"not over its {h} × {w} patches: use see.grad_cam"
         )
-    return Layer(name, a, grid, prefix, class_row(anatomy), done, problem)
+    return Layer(name, a, grid, prefix, read, done, problem)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..errors import VitreousError
+from ..own import exact
 from ..relevance import Relevance, relevance
-from .patches import check_images, grid_of, on_grid
+from ..score import Target
+from .patches import check_images, grid_of, on_grid, parts, per_patch
 
-BATCH = 4  # images at a time: what a backward pass through a ViT-S keeps of an image is some hundred megabytes
+BATCH = 4  # images at a time at most: what a backward pass through a ViT-S keeps of an image is some hundred megabytes
 
 
-def transformer_attribution(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tensor:
+def transformer_attribution(model: nn.Module, x: Tensor, target: Target = None, published: bool = False) -> Tensor:
     """Heatmaps `[B, h, w]`: attention rollout in which each attention counts by what it did for the class.
 
     Chefer, Gur & Wolf, "Transformer Interpretability Beyond Attention Visualization" (CVPR 2021), section 3.2: of each
@@ -25,41 +26,40 @@ def transformer_attribution(model: nn.Module, x: Tensor, target: int | Tensor | 
 
     Args:
         x: images `[B, C, H, W]`.
-        target: class index for all images, or `[B]`; the predicted class by default. A model without a classifier is
-            explained by the squared norm of its features.
+        target: class index for all images, or one for each; the predicted class by default. Features are explained as
+            `vitreous.score` tells.
+        published: by the paper's own rule for what cancels, in float64: twice the memory.
 
     `benchmarks/see.py cost` counts its forward passes.
 
     Raises `VitreousError` for models whose blocks are not plain or shorten the sequence, and for unknown targets.
     """
-    return in_parts(_attribution, model, x, target, "see.transformer_attribution")
+    return in_parts(_attribution, model, x, target, "see.transformer_attribution", published)
 
 
-def lrp(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tensor:
+def lrp(model: nn.Module, x: Tensor, target: Target = None, published: bool = False) -> Tensor:
     """Heatmaps `[B, h, w]`: the share of the class's score that came through the pixels of each patch.
 
     Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise Relevance Propagation" (2015),
     by the rules of Chefer, Gur & Wolf (CVPR 2021) as `vitreous.relevance` tells them. What is missing to 1 came through
-    the prefix tokens and the position embedding. Costs some five forward passes; arguments and errors as in
+    the prefix tokens and the position embedding. Where contributions cancel, the published rule gives another map than the
+    stable one (`published`, see `docs/see.md`). Costs some five forward passes; arguments and errors as in
     `transformer_attribution`. For single pixels use `vitreous.relevance.relevance`.
     """
-    return in_parts(_pixels, model, x, target, "see.lrp")
+    return in_parts(_pixels, model, x, target, "see.lrp", published)
 
 
 Map = Callable[[Relevance, tuple[int, int]], Tensor]
 
 
-def in_parts(draw: Map, model: nn.Module, x: Tensor, target: int | Tensor | None, purpose: str) -> Tensor:
+@exact
+def in_parts(draw: Map, model: nn.Module, x: Tensor, target: Target, purpose: str, published: bool = False) -> Tensor:
     check_images(x)
     anatomy, grid = grid_of(model, x, purpose)
-    parts, targets = x.split(BATCH), [target] * -(-len(x) // BATCH)
-    if isinstance(target, Tensor) and target.ndim == 1:
-        if len(target) != len(x):  # before it is cut: a part of it could fit a part of the images
-            raise VitreousError(f"{purpose}: target must be one class or one for each of the {len(x)} images, not {len(target)}")
-        targets = list(target.split(BATCH))
-    each = zip(parts, targets, strict=True)
-    found = (relevance(model, part, wanted, draw is _attribution, anatomy) for part, wanted in each)
-    return torch.cat([draw(part, grid) for part in found])
+    found = []
+    for part, wanted in parts(x, target, anatomy.prefix + grid[0] * grid[1], BATCH):
+        found.append(draw(relevance(model, part, wanted, draw is _attribution, anatomy, published), grid))
+    return torch.cat(found).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _attribution(found: Relevance, grid: tuple[int, int]) -> Tensor:
@@ -73,6 +73,4 @@ def _attribution(found: Relevance, grid: tuple[int, int]) -> Tensor:
 
 
 def _pixels(found: Relevance, grid: tuple[int, int]) -> Tensor:
-    b, c, height, width = found.pixels.shape
-    h, w = grid
-    return found.pixels.reshape(b, c, h, height // h, w, width // w).sum((1, 3, 5)).relu()
+    return per_patch(found.pixels.sum(1), grid).relu()

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..score import Target
 from .attention import attention
 from .cam import eigen_cam, grad_cam, grad_cam_pp, layer_cam
 from .grad_rollout import grad_rollout
@@ -21,7 +22,7 @@ Explanation = Callable[..., Tensor]
 
 
 def _of_any_class(explain: Explanation) -> Explanation:
-    def same(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tensor:
+    def same(model: nn.Module, x: Tensor, target: Target = None) -> Tensor:
         return explain(model, x)
 
     return same

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..anatomy import Anatomy, read
 from ..errors import VitreousError
+from ..outputs import embeds
+from ..own import still
 from ..parts import branch
 from ..work import tick
-from .patches import still
 from .stream import Images, Means, batches, interval
 from .tail import Trunk, trunk, why_no_trunk
 
@@ -77,12 +78,16 @@ def paths(model: nn.Module, images: Images, labels: Tensor | None = None, batch:
     """
     anatomy = _chain(model, "see.paths")
     means, right = Means(seed), 0
-    with torch.no_grad(), still(model):
+    with torch.no_grad(), still(model) as own:
         for x, y in batches(images, labels, batch, model):
-            with _opened(model, x, anatomy) as found:
+            if not means.n and embeds(model, x):
+                raise VitreousError(
+                    f"see.paths needs a classifier, and this {anatomy.kind} gives features: open it with num_classes="
+                )
+            with _opened(own, x, anatomy) as found:
                 y = found.out.argmax(1) if y is None else y
                 right += int((found.out.argmax(1) == y).sum())
-                means.add(_measure(model, anatomy, found, y))
+                means.add(_measure(own, anatomy, found, y))
             tick(min(1.0, means.n / len(images)))
     names = ("embedding", *(f"{b.name}.{part}" for b in anatomy.blocks for part in ("attn", "mlp")))
     return Paths(means.n, names, right / means.n, means.mean(), *interval(means.resamples()))
@@ -94,7 +99,7 @@ def without_paths(model: nn.Module, x: Tensor, lengths: Iterable[int]) -> Tensor
     Raises `VitreousError` as `paths` does, and for a length that no path has.
     """
     anatomy = _chain(model, "see.without_paths")
-    with torch.no_grad(), still(model), _opened(model, x, anatomy) as found:
+    with torch.no_grad(), still(model) as own, _opened(own, x, anatomy) as found:
         said = _said(found)
         if wrong := [n for n in lengths if not 0 <= n < len(said)]:
             raise VitreousError(f"see.without_paths: paths have lengths 0 to {len(said) - 1}, there is none of {wrong[0]}")
@@ -106,8 +111,6 @@ def _chain(model: nn.Module, purpose: str) -> Anatomy:
     anatomy = read(model)
     if reason := why_no_trunk(model, anatomy):
         raise VitreousError(f"{purpose} needs plain blocks that keep all tokens: {reason}")
-    if anatomy.classifier is None:
-        raise VitreousError(f"{purpose} needs a classifier, and this {anatomy.kind} has none: open it with num_classes=")
     return anatomy
 
 

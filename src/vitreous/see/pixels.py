@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
-from ..relevance import explained
-from .patches import check_images, grid_of, run, still
+from ..own import run, still
+from ..score import Criterion, Target, criterion
+from .patches import check_images, grid_of
 
 MISSED = 0.02  # of the difference of the scores, in the worst image
 NODES = 4  # of a stretch of the way
@@ -21,7 +22,7 @@ MOST = 512  # nodes of an image, after which it is halved no further
 TOGETHER = 32  # interpolated or occluded pictures that run at a time
 
 
-def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | None = None, steps: int | None = None) -> Tensor:
+def integrated_gradients(model: nn.Module, x: Tensor, target: Target = None, steps: int | None = None) -> Tensor:
     """Heatmaps `[B, h, w]`: what each patch adds to the score of the target class, on the way from a blank picture.
 
     Sundararajan, Taly & Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017), eq. 1, with a baseline of 0 (the mean
@@ -35,15 +36,16 @@ def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | Non
 
     Args:
         x: images `[B, C, H, W]`.
-        target: class index for all images, or `[B]`; the predicted class by default. A model without a classifier is
-            explained by the squared norm of its features.
+        target: class index for all images, or one for each; the predicted class by default. Features are explained as
+            `vitreous.score` tells.
         steps: so many instead, over the whole way. One costs some three forward passes.
 
     Works on every model. Raises `VitreousError` for unknown targets, and when captum is not installed.
     """
     attr, size = _captum("see.integrated_gradients"), grid(model, x)
-    with torch.inference_mode(False), torch.enable_grad(), still(model):
-        image, score, index = _scored(model, x, target)
+    explain = criterion(model, x)
+    with torch.enable_grad(), still(model) as own:
+        image, score, index = _scored(own, explain, x, target)
         method, nodes = attr.IntegratedGradients(score), NODES if steps is None else steps
 
         def stretches(of: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def integrated_gradients(model: nn.Module, x: Tensor, target: int | Tensor | Non
     return found.relu()
 
 
-def occlusion(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tensor:
+def occlusion(model: nn.Module, x: Tensor, target: Target = None) -> Tensor:
     """Heatmaps `[B, h, w]`: how far the score of the target class falls when a patch is blank.
 
     Zeiler & Fergus, "Visualizing and Understanding Convolutional Networks" (ECCV 2014), section 4.2, by captum: one patch at a
@@ -104,11 +106,12 @@ def occlusion(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -
     return occluded(model, x, target, size).relu()
 
 
-def occluded(model: nn.Module, x: Tensor, target: int | Tensor | None, size: tuple[int, int]) -> Tensor:
+def occluded(model: nn.Module, x: Tensor, target: Target, size: tuple[int, int]) -> Tensor:
     """The falls, negative where the score rises, for a grid of windows of this size."""
     attr, (h, w) = _captum("see.occlusion"), size
-    with torch.inference_mode(False), torch.no_grad(), still(model):
-        image, score, index = _scored(model, x, target)
+    explain = criterion(model, x)
+    with torch.no_grad(), still(model) as own:
+        image, score, index = _scored(own, explain, x, target)
         window = (image.shape[1], -(-image.shape[2] // h), -(-image.shape[3] // w))
         falls = attr.Occlusion(score).attribute(
             image,
@@ -141,22 +144,18 @@ def _captum(purpose: str) -> Any:
         raise VitreousError(f"{purpose} needs captum: install it with `pip install vitreous[see]`") from None
 
 
-def _scored(model: nn.Module, x: Tensor, target: int | Tensor | None) -> tuple[Tensor, Any, Tensor]:
+def _scored(own: nn.Module, explain: Criterion, x: Tensor, target: Target) -> tuple[Tensor, Any, Tensor]:
     """The images, their score as a function of images and class for captum, and the class of each image `[B]`.
 
-    A model without a classifier has one "class", number 0: the squared norm of its features.
+    Features have one "class", number 0.
     """
-    anatomy = read(model)
-    image = x.detach().clone()
+    image = x.detach().float() if x.dtype in (torch.float16, torch.bfloat16) else x.detach().clone()
+    features = explain.features and target is None
     with torch.no_grad():
-        out = run(model, image)
-        _, start = explained(getattr(out, "logits", out), target, anatomy)
-    features = target is None and anatomy.classifier is None
+        start = explain(run(own, image), target)[1]
     index = torch.zeros(len(x), dtype=torch.long, device=x.device) if features else start.argmax(1)
 
     def score(images: Tensor, classes: Tensor) -> Tensor:
-        out = run(model, images)
-        out = getattr(out, "logits", out)
-        return out.square().sum(1) if features else out.gather(1, classes[:, None])[:, 0]
+        return explain(run(own, images), None if features else classes)[0]
 
     return image, score, index

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..relevance import Relevance
+from ..score import Target
 from .lrp import in_parts
 
 SIDE = 48  # pixels of the longer side on which the areas are found
@@ -17,7 +18,7 @@ SCALES = (1.0, 0.8, 0.5, 0.3)
 FOCUS = 0.8  # of the greatest saliency: what is above attracts its surroundings
 
 
-def salient_relevance(model: nn.Module, x: Tensor, target: int | Tensor | None = None) -> Tensor:
+def salient_relevance(model: nn.Module, x: Tensor, target: Target = None) -> Tensor:
     """Heatmaps `[B, h, w]`: the areas around what is relevant and unlike its surroundings, 0 to 1.
 
     Li, Tian, Mueller & Chen, "Beyond saliency: understanding convolutional neural networks from saliency prediction on

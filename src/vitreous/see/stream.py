@@ -17,7 +17,8 @@ from ..anatomy import Anatomy
 from ..blocks import Reduction, traced
 from ..errors import VitreousError
 from ..glass import glass
-from .patches import check_images, places, run, shares, still
+from ..own import run, still
+from .patches import check_images, places, shares
 
 RESAMPLES = 1000
 TAILS = (2.5, 97.5)
@@ -76,7 +77,7 @@ def heads_seen(
     """
     tokens = anatomy.prefix + grid[0] * grid[1]
     names = [b.attention.name for b in anatomy.blocks]
-    with torch.no_grad(), still(model), traced(model) as trace:
+    with torch.no_grad(), still(model) as own, traced(own) as trace:
 
         def whole(a: Tensor) -> Tensor:
             left = trace[-1].tokens if trace else tokens
@@ -93,8 +94,8 @@ def heads_seen(
             rows = a.gather(2, now.clamp_min(0)[:, None, :, None].expand(-1, a.shape[1], -1, tokens))
             return note(rows * (now >= 0)[:, None, :, None], now >= 0)
 
-        with glass(model, record=("attention", *record), layers=names, reduce=whole) as g:
-            run(model, x)
+        with glass(own, record=("attention", *record), layers=names, reduce=whole) as g:
+            run(own, x)
     try:
         seen = [g[name] for name in names]
     except VitreousError:

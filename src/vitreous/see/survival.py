@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import traced
-from .patches import grid_of, on_grid, places, run, still
+from ..own import run, still
+from .patches import grid_of, on_grid, places
 
 
 def survival(model: nn.Module, x: Tensor) -> list[tuple[str, np.ndarray]]:
@@ -17,7 +18,7 @@ def survival(model: nn.Module, x: Tensor) -> list[tuple[str, np.ndarray]]:
     Empty for a model that keeps all its tokens. Raises `VitreousError` for a model without one grid of patches.
     """
     anatomy, (h, w) = grid_of(model, x, "see.survival")
-    with torch.no_grad(), still(model), traced(model) as trace:
-        run(model, x)
+    with torch.no_grad(), still(model) as own, traced(own) as trace:
+        run(own, x)
     after = places(trace, x, anatomy.prefix + h * w)[1:]
     return [(r.layer, on_grid(p, (h, w)).cpu().numpy()) for r, p in zip(trace, after, strict=True)]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
-from .patches import run
+from ..errors import VitreousError
+from ..outputs import answer
+from ..own import run
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def why_no_trunk(model: nn.Module, anatomy: Anatomy) -> str:
 
 @contextmanager
 def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | None]:
-    """The stream of `model`, in eval mode, on images `x`; None for a model that does something between its blocks.
+    """The stream of `model`, as `own.still` gives it, on images `x`; None for a model that does something between its blocks.
 
     To run the tail, the forwards of patch embedding and blocks are shadowed by ones that do nothing while it runs.
     """
@@ -61,7 +63,7 @@ def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | Non
     if isinstance(embed, nn.Module):
         handles.append(embed.register_forward_hook(lambda _, args, out: embedded.append(out)))
     try:
-        out = run(model, x)
+        out = answer(run(model, x))
     finally:
         for handle in handles:
             handle.remove()
@@ -76,7 +78,7 @@ def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | Non
         try:
             for module, forward in forwards:
                 module.forward = forward
-            return model(x.repeat(times, 1, 1, 1))
+            return answer(run(model, x.repeat(times, 1, 1, 1)))
         finally:
             for module, _ in forwards:
                 module.__dict__.pop("forward", None)
@@ -84,10 +86,10 @@ def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | Non
     def same(tokens: int) -> bool:
         try:
             return torch.allclose(tail(after[-1][:, :tokens]), out, rtol=1e-6, atol=1e-6)
-        except (RuntimeError, ValueError, IndexError):  # a pooling that misses the tokens that were left out
+        except (VitreousError, IndexError):  # a pooling that misses the tokens that were left out
             return False
 
-    if not joined or not isinstance(out, Tensor) or not same(whole := after[-1].shape[1]):
+    if not joined or not same(whole := after[-1].shape[1]):
         yield None
         return
     prefix = anatomy.prefix
