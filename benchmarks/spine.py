@@ -2,6 +2,7 @@
 
     python benchmarks/spine.py bundled --data /usr/share/datasets/fashion-mnist   # accuracy on all 10,000 test images, and speed
     python benchmarks/spine.py deit                                              # speed of DeiT-S/16 at 224, random weights
+    python benchmarks/spine.py profile --depth 4                                 # where both runtimes spend the time of DeiT-S
     python benchmarks/spine.py dinov2 --weights W.safetensors --photos FOLDER     # feature error of each step on real photographs
 
 Needs `pip install -e ".[bench]"`. Writes docs/results/<name>.json, with the processor's best
@@ -11,8 +12,11 @@ instructions in the name where speed is measured, and prints the table as Markdo
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import vitreous as vt
-from vitreous.processor import multiplies_bf16
+from vitreous.processor import multiplies_bf16, saturates
 from vitreous.prove import Proof
 from vitreous.ship import ship_all
 from vitreous.ship.runtime import files
@@ -187,6 +191,63 @@ def deit(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], N
     show(vt.prove(models, data, batches=(1, 16), seconds=a.seconds, threads=a.threads, seed=a.seed, progress=progress), "deit")
 
 
+def openvino_operators(path: Path, x: np.ndarray, threads: int, rounds: int) -> tuple[dict[str, float], float]:
+    """Milliseconds of each kind of operator in one call, as OpenVINO counts them, and of the whole call: medians."""
+    config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = ov.Core().compile_model(path, "CPU", {**config, "PERF_COUNT": True}).create_infer_request()
+    counted, whole = [], []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        request.infer([x], share_inputs=True)
+        whole.append(1000 * (time.perf_counter() - start))
+        kinds: dict[str, float] = {}
+        for info in request.profiling_info:
+            kind = f"{info.node_type} {info.exec_type.rsplit('_', 1)[-1]}"
+            kinds[kind] = kinds.get(kind, 0) + info.real_time.total_seconds() * 1000
+        counted.append(kinds)
+    return {k: float(np.median([c.get(k, 0) for c in counted[2:]])) for k in counted[-1]}, float(np.median(whole[2:]))
+
+
+def onnxruntime_operators(path: Path, x: np.ndarray, threads: int, rounds: int) -> tuple[dict[str, float], float]:
+    """The same of ONNX Runtime, with the settings of `vt.Runtime`."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.enable_profiling = threads, True
+    options.profile_file_prefix = str(path.with_suffix(""))
+    if saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(path, options, ["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"])
+    whole = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        session.run(None, {"images": x})
+        whole.append(1000 * (time.perf_counter() - start))
+    events = [e for e in json.loads(Path(session.end_profiling()).read_text()) if e.get("name", "").endswith("_kernel_time")]
+    kinds: dict[str, dict[str, list[float]]] = {}
+    for e in events:
+        kinds.setdefault(e["args"]["op_name"], {}).setdefault(e["name"], []).append(e["dur"] / 1000)
+    return {k: sum(float(np.median(t[2:])) for t in nodes.values()) for k, nodes in kinds.items()}, float(np.median(whole[2:]))
+
+
+def profile(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(a.seed)
+    model = vt.open("deit_small_patch16_224", depth=a.depth)
+    images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
+    models = {"fp32": model, "RepQ W8A8": vt.slim(model, [vt.quant.RepQ()], images[:8])}
+    print(f"\nDeiT-S/16 at 224, {a.depth} blocks, batch 16, {a.threads} threads; load average {os.getloadavg()[0]:.1f}\n")
+    for name, m in models.items():
+        made = ship_all(m, [folder / f"{name}.onnx", folder / f"{name}.xml"], example=images)
+        for tool, path, count in zip(
+            ("ONNX Runtime", "OpenVINO"), made, (onnxruntime_operators, openvino_operators), strict=True
+        ):
+            kinds, whole = count(path.path, images.numpy(), a.threads, rounds=5)
+            total = sum(kinds.values())
+            shares = sorted(kinds.items(), key=lambda kind: -kind[1])[:9]
+            print(f"| {name}, {tool} | {whole / 16:.1f} | " + ", ".join(f"{k} {100 * v / total:.0f} %" for k, v in shares) + " |")
+
+
 def dinov2(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:
     model = vt.open("vit_small_patch14_dinov2", checkpoint=a.weights, img_size=224)
     data = vt.data.open_data(a.photos, model)
@@ -219,12 +280,13 @@ def dinov2(a: argparse.Namespace, folder: Path, progress: Callable[[str, float],
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("bundled", "deit", "dinov2"))
+    p.add_argument("what", choices=("bundled", "deit", "profile", "dinov2"))
     p.add_argument("--data", default=None, help="folder with Fashion-MNIST's IDX files")
     p.add_argument("--weights", type=Path, help="DINOv2 ViT-S/14 under timm's names")
     p.add_argument("--photos", help="folder of photographs")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--seconds", type=float, default=60.0)
+    p.add_argument("--depth", type=int, default=12, help="blocks of the profiled model")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder, Progress() as bar:
@@ -234,7 +296,7 @@ def main() -> None:
             tasks[what] = tasks[what] if what in tasks else bar.add_task(what, total=1.0)
             bar.update(tasks[what], completed=share)
 
-        {"bundled": bundled, "deit": deit, "dinov2": dinov2}[a.what](a, Path(folder), progress)
+        {"bundled": bundled, "deit": deit, "profile": profile, "dinov2": dinov2}[a.what](a, Path(folder), progress)
 
 
 if __name__ == "__main__":
