@@ -298,4 +298,4 @@ class _Ordered(OwnViT):
 def test_a_mask_is_refused_and_not_passed_over(x: Tensor) -> None:
     small: Any = slim(small_vit(), ToMe(r=2))
     with torch.no_grad(), pytest.raises(VitreousError, match="cannot use"):
-        small.blocks[0](torch.randn(1, 17, 48), torch.zeros(17, 17))
+        small.blocks[0](torch.randn(1, 17, 48), torch.ones(17, 17).triu())

@@ -195,7 +195,7 @@ def _read(model: nn.Module) -> Anatomy:
     whole = Whole(model, [b.name for b in blocks], [p.name for p in others])
     stages = _stages(whole.vit, whole.vit_name, blocks)
     several = len({s.reduction for s in stages if s.blocks}) > 1
-    grid, prefix, class_token = whole.tokens(one_grid=bool(blocks) and not several)
+    grid, prefix, class_token = whole.tokens(one_grid=bool(blocks) and not several and all(b.plain for b in blocks))
     if several:
         blocks = [replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages") for b in blocks]
     return Anatomy(

@@ -199,14 +199,14 @@ class PlainBlock(nn.Module):
         used = "" if position is None else position.argument
         # Models hand every block masks and the like, which are None where the block is plain.
         others = {"a mask": next((m for m in mask if m is not None), None)} | {k: v for k, v in given.items() if k != used}
-        if unknown := [k for k, v in others.items() if v is not None and v is not False]:
+        if unknown := [k for k, v in others.items() if _says(v)]:
             raise VitreousError(f"block '{self.name}' was slimmed for a plain sequence: it cannot use {unknown[0]}")
         if position is None:
             return tokens, None, tokens.bias()
         n = tokens.x.shape[1]
         turn, bias = position.placed(attn, given, n, tokens.place)
         if tokens.place is None and len(self.reducers):
-            tokens = tokens._replace(place=torch.arange(n, device=tokens.x.device).expand(len(tokens.x), -1))
+            tokens = tokens._replace(place=torch.arange(n, device=tokens.x.device).expand(tokens.x.shape[0], -1))
         counted = tokens.bias()
         return tokens, turn, counted if bias is None else bias if counted is None else bias + counted
 
@@ -234,6 +234,16 @@ def plain_blocks(model: nn.Module, step: str) -> list[PlainBlock]:
             _put(model, found.name, block := new)
         blocks.append(block)
     return blocks
+
+
+def _says(given: Any) -> bool:
+    """Whether an argument of a block asks for something. A mask that hides nothing does not; Hugging Face makes one of its own
+    while it is traced, when its values cannot be read."""
+    if not isinstance(given, Tensor):
+        return given is not None and given is not False
+    if torch.compiler.is_compiling():
+        return False
+    return not bool(given.all()) if given.dtype == torch.bool else bool(given.any())
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

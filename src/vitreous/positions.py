@@ -101,7 +101,7 @@ def _rows(table: Tensor, place: Tensor | None) -> Tensor:
         return table
     if table.ndim == 2:
         return F.embedding(place, table)[:, None]
-    table = (table if table.ndim == 4 else table[None]).expand(len(place), -1, -1, -1)
+    table = (table if table.ndim == 4 else table[None]).expand(place.shape[0], -1, -1, -1)
     return table.gather(2, place[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1]))
 
 

@@ -62,7 +62,7 @@ def not_plain(block: str, reason: str) -> dict[str, tuple[str, ...]]:
 NO_GRID = all_of(ATTENTION, "needs one grid of patches, and")
 NO_ATTENTION = all_of((*ATTENTION, "EViT", "Heads"), "attention, and")
 BIAS = "adds a bias for each pair of places in a fixed grid or window"
-NO_QKV = "does not make queries, keys and values by one 'qkv'"
+NO_QKV = "computes something else than"
 QUARTERS: dict[str, Any] = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(1, 2, 2, 2))
 
 MODELS: dict[str, Timm] = {
@@ -94,13 +94,13 @@ MODELS: dict[str, Timm] = {
         named("tnt_s_patch16_224", img_size=32, embed_dim=32, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=2),
         side=32,
         seen=4,
-        refused=NO_GRID | not_plain("blocks.0", "it has no norm1 and no attn and no norm2"),
+        refused=NO_GRID | not_plain("blocks.0", "it does not run on a plain sequence"),
     ),
     "volo": Timm(
         lambda: VOLO([1, 1, 1, 1], 32, num_classes=CLASSES, embed_dims=[16, 32, 32, 32], num_heads=[1, 2, 2, 2]),
         side=32,
         seen=6,
-        refused=NO_GRID | not_plain("network.0.0", NO_QKV),
+        refused=NO_GRID | not_plain("network.0.0", "it does not run on a plain sequence"),
     ),
     "davit": Timm(
         named("davit_tiny", **QUARTERS),
@@ -140,7 +140,7 @@ MODELS: dict[str, Timm] = {
         named("efficientformer_l1", depths=(1, 1, 1, 2), embed_dims=(16, 16, 32, 32)),
         side=224,
         seen=1,
-        refused=NO_GRID | not_plain("stages.3.blocks.2", "it has no attn"),
+        refused=NO_GRID | not_plain("stages.3.blocks.2", BIAS),
     ),
     "tinyvit": Timm(
         named("tiny_vit_5m_224", **QUARTERS),
@@ -152,7 +152,7 @@ MODELS: dict[str, Timm] = {
         named("nextvit_small", depths=(1, 1, 5, 1)),
         side=64,
         seen=3,
-        refused=NO_GRID | not_plain("stages.0.blocks.0", "it has no norm1 and no attn"),
+        refused=NO_GRID | not_plain("stages.0.blocks.0", "it does not run on a plain sequence"),
     ),
     "halonet": Timm(
         named("halonet26t", width_factor=0.25),

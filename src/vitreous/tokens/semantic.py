@@ -147,7 +147,7 @@ class SemanticBlock(PlainBlock):
         """Where queries, tokens and patches stand `[B, …]`: a semantic token in the middle of its window."""
         if cast(PlainAttention, self.attn).position is None:
             return None
-        entry, b = self.reducers[0], len(entered.x)
+        entry, b = self.reducers[0], entered.x.shape[0]
         if isinstance(entry, WindowPooling):
             patches = torch.arange(len(entry.window), device=entered.x.device)
             own = entry.window == torch.arange(entry.windows, device=entered.x.device)[:, None]

@@ -48,7 +48,7 @@ class TokenSlimmingModule(nn.Module):
         shares = (self.weight(patches) * self.scale).softmax(1).mT  # [B, keep, N]
         note(block, lambda: self._reduction(shares, block.name))
         most, p = shares.argmax(-1) + self.prefix, torch.arange(self.prefix, device=x.device)
-        place = tokens.standing(torch.cat([p.expand(len(x), -1), most], 1)) if tokens.place is not None else None
+        place = tokens.standing(torch.cat([p.expand(x.shape[0], -1), most], 1)) if tokens.place is not None else None
         return Tokens(torch.cat([prefix, shares @ patches], 1), place=place)
 
     def _reduction(self, shares: Tensor, layer: str) -> Reduction:
