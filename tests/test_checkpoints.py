@@ -102,6 +102,7 @@ def test_the_same_network_comes_out(way: str, tmp_path: Path) -> None:
 def trained(**args: Any) -> dict[str, Any]:
     """What timm's train.py saves."""
     told = argparse.Namespace(model=NAME, num_classes=5, img_size=32, in_chans=None, mean=None, std=None, gp=None, class_map="")
+    told.interpolation, told.crop_pct, told.input_size = "", None, None  # the script's own defaults
     told.model_kwargs, told.output = dict(SMALL), Path("out")
     vars(told).update(args)
     return {"epoch": 9, "arch": NAME, "state_dict": made().state_dict(), "optimizer": OPTIMIZER, "version": 2, "args": told}
@@ -288,3 +289,11 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with pytest.raises(vt.VitreousError, match="has no 'NoSuchModel'"):
         vt.open(tmp_path / "m")
+
+
+def test_what_the_script_was_not_told_stays_the_names_own(tmp_path: Path) -> None:
+    torch.save(trained(), tmp_path / "w.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = vt.open(tmp_path / "w.pth")
+    assert model.pretrained_cfg["interpolation"] == "bicubic" and model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)

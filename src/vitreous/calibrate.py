@@ -33,6 +33,7 @@ def images(model: nn.Module, given: Any) -> Tensor:
     (images not normalised, copies, another size than the model's own) is told by `warnings.warn`.
     """
     x = _checked(_joined(given))
+    x = x.to(next((p.device for p in model.parameters()), x.device))
     try:
         seen = _entered(model, x[:: max(1, len(x) // LOOKED_AT)][:LOOKED_AT])
     except VitreousError:

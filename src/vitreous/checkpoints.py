@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .archives import refuse_bomb
 from .errors import VitreousError
+from .expects import INTERPOLATIONS
 from .record import arguments, plain
 
 # Plain values that training scripts keep beside the weights; of everything else nothing is unpickled.
@@ -179,7 +180,8 @@ def trained_as(given: Checkpoint) -> tuple[str | None, dict[str, Any], dict[str,
         kwargs["global_pool"] = told["gp"]
     allowed = arguments(name)
     kwargs = {k: v for k, v in kwargs.items() if k in allowed and plain(v)}
-    expected = {k: told[k] for k in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if told.get(k) is not None}
+    given_there = lambda k: told.get(k) not in (None, "", [], ()) and (k != "interpolation" or told[k] in INTERPOLATIONS)
+    expected = {k: told[k] for k in ("mean", "std", "crop_pct", "interpolation", "crop_mode") if given_there(k)}
     classes = told.get("class_map")
     if isinstance(classes, str | Path) and str(classes):
         if Path(classes).is_file() and Path(classes).suffix in (".txt", ".json"):

@@ -61,6 +61,7 @@ def see(
     prepared = preparation(net)
     picture = whole.convert(prepared.mode)
     x, shown = prepared.to_tensor(picture)[None], prepared.view(picture)
+    x = x.to(next((p.device for p in net.parameters()), x.device))
     with torch.no_grad(), still(net) as own:
         logits = answer(run(own, x))
     panels = [enlarge(shown)]
@@ -76,7 +77,7 @@ def see(
         panels.append(draw_tree(panels[0], parents, embed.grid_size))
     else:
         chosen = {"layer": layer} if layer else {}
-        heat = room.METHODS[method](net, x, target, **chosen)[0].numpy()
+        heat = room.METHODS[method](net, x, target, **chosen)[0].cpu().numpy()
         panels.append(overlay(shown, heat, (0.0, float(heat.max()))))
     sheet = Image.new("RGBA", (sum(p.width for p in panels) + 8 * (len(panels) - 1), panels[0].height), "white")
     left = 0
