@@ -16,7 +16,7 @@ from ..learn import heal
 from ..prove import Picture, Proof, prove, write_report
 from ..ship import Runtime
 from ..steps import Recipe, history_of, slim
-from .budget import Goal
+from .budget import Goal, Loss
 from .choose import Chooser, Judge
 from .split import split, to_heal
 from .trial import best, exported, kept, timed
@@ -92,7 +92,7 @@ class Job:
             self.progress("what the shipped files lose", i / len(trials))
             trial.lost = judge.loss(trial.runtime) if judge else None
         chosen = best(trials, self.goal, self.notes)
-        self._too_few(images.choose, chosen.lost.criterion.unit if chosen.lost else "")
+        self._too_few(images.choose, chosen.lost)
         small, runtime = options[chosen.option], kept(chosen, trials, shipments, self.folder, self.log)
         self.progress("writing files", 0.0)
         store.save_model(small, self.folder / "model.safetensors")
@@ -141,13 +141,15 @@ class Job:
         proof.save(self.folder / "proof.json")
         return proof
 
-    def _too_few(self, choose: Data | None, unit: str) -> None:
+    def _too_few(self, choose: Data | None, lost: Loss | None) -> None:
         """Where one image is more than the whole budget, the recipe was chosen by luck."""
-        budget = self.goal.budget if self.goal.budget is not None else 1.0
-        if choose is not None and 100 / len(choose) > budget:
+        if choose is None or lost is None:
+            return
+        budget = self.goal.allowed(lost.criterion)
+        if 100 / len(choose) > budget:
             self.notes.append(
-                f"the recipe was chosen on {len(choose)} images, of which each is {100 / len(choose):.1f} {unit}: too few to "
-                f"keep to {budget:g}; the proof, on others, says what was really lost"
+                f"the recipe was chosen on {len(choose)} images, of which each is {100 / len(choose):.1f} {lost.criterion.unit}: "
+                f"too few to keep to {budget:g}; the proof, on others, says what was really lost"
             )
 
     # ---- pictures of the report
