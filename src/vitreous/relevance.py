@@ -271,7 +271,7 @@ class Tape(TorchFunctionMode):
             return func(*args, **kwargs)
         if not any(t.requires_grad for t in _tensors(kwargs)):
             if func is F.linear:
-                return self._linear(*args, **kwargs)
+                return self._linear(*args, **{{"input": "x", "weight": "w", "bias": "b"}.get(k, k): v for k, v in kwargs.items()})
             if func is F.conv2d:
                 return self._convolution(*args, **kwargs)
             if func is F.scaled_dot_product_attention:
