@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from support import small_vit
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -175,3 +176,18 @@ def test_bad_input(bright: Tensor) -> None:
         faithfulness(Corner(), {"k": knows}, bright, steps=0)
     found = faithfulness(Corner(), {"k": lambda m, x, t: torch.full((len(x), 2, 2), torch.nan)}, bright)
     assert "finite" in (found["k"].error or "")
+
+
+def test_one_logit_and_several_labels_are_scored_by_sigmoid() -> None:
+    """The softmax of one logit is 1 whatever is seen."""
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    one = small_vit(depth=1)
+    one.head = torch.nn.Linear(48, 1)
+    found = faithfulness(one, {"flat": lambda m, x, t: torch.rand(len(x), 4, 4)}, x, steps=2, sanity_images=1)
+    with torch.no_grad():
+        assert found.whole == pytest.approx(float(one(x).sigmoid().mean()), abs=1e-5) and "sigmoid" in found.score
+        several = small_vit(depth=1)
+        found = faithfulness(
+            several, {"flat": lambda m, x, t: torch.rand(len(x), 4, 4)}, x, steps=2, sanity_images=1, multi_label=True
+        )
+        assert found.whole == pytest.approx(float(several(x).amax(1).sigmoid().mean()), abs=1e-5)

@@ -40,3 +40,14 @@ def test_of_a_model(images: Tensor) -> None:
     assert found.shape == (3, 4, 4) and (found >= 0).all() and (found <= 1).all()
     torch.testing.assert_close(see.salient_relevance(model, images[1:2], 2)[0], found[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(found, see.salient_relevance(model, images[:3], 4), rtol=1e-2)
+
+
+def test_the_factor_for_what_is_near_cannot_be_left_out() -> None:
+    """Two faint spots, equal but for their places: the one beside the bright spot is the more salient (eq. 4)."""
+    picture = torch.zeros(1, 48, 48)
+    picture[:, 8:11, 8:11] = 1.0  # the focus
+    for at in (16, 38):
+        picture[:, at : at + 3, at : at + 3] = 0.4
+    found = context_aware(picture)
+    near, far = (float(found[at - 1 : at + 4, at - 1 : at + 4].mean()) for at in (16, 38))
+    assert near > 3 * far  # 7 times; without the factor for what is near 1.8
