@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -144,9 +146,21 @@ if torch.distributed.get_rank() == 0:
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO.format(tests=[str(p) for p in Path(__file__).parents[:2]], out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ | torchrun | {"RANK": r, "LOCAL_RANK": r},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in "01"
+    ]
+    said = [process.communicate(timeout=600)[1] for process in both]
+    assert all(process.returncode == 0 for process in both), "".join(s[-2000:] for s in said)
     for name, objective in (("one", [CrossEntropy()]), ("whole", [CrossEntropy(), Centred()])):
         alone = vt.train(vit(), pictures(), objective, **KEYS).state_dict()
         together = load_file(tmp_path / f"{name}.safetensors")

@@ -105,7 +105,7 @@ def test_the_job_heals_before_integers(original, tmp_path):
 
 def test_images_to_heal_on_are_not_those_of_the_proof(original, tmp_path):
     for i in range(20):
-        folder = tmp_path / "photos" / ("ab"[i % 2])
+        folder = tmp_path / "photos" / ("bag", "coat")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (28, 28), i).save(folder / f"{i}.png")
     whole = vt.data.open_data(tmp_path / "photos", original)

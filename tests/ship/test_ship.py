@@ -396,7 +396,7 @@ def test_an_interrupt_leaves_nothing(small: nn.Module, tmp_path: Path, monkeypat
     def interrupt(*_: object) -> Parity:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shipment, "_compare", interrupt)
+    monkeypatch.setattr(shipment.Yardstick, "first", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ship(small, tmp_path / "vit.onnx")
     assert not os.listdir(tmp_path) and small.training

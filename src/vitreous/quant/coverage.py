@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..anatomy import read
 from ..blocks import PlainAttention
 from ..calibrate import example
-from ..macs import CountMacs, Uncounted
+from ..errors import VitreousError
+from ..macs import CountMacs
 from .layers import FakeQuantizer
 
 NAMED = 3  # layers that are named; of the others only how many there are is told
@@ -64,7 +65,8 @@ class Coverage:
 def coverage(model: nn.Module, images: Tensor | None = None) -> Coverage:
     """Count the multiply-accumulates of `model` on one image by the bits that they are done in.
 
-    images: `[N, C, H, W]`, of which the first is taken; noise of the model's own size when None.
+    images: `[N, C, H, W]`, of which the first is taken; noise of the model's own size when None. Nothing is counted in a model
+    that tells of no size, or that does what no counter knows: `unknown` says so.
     """
     own: dict[str, int] = {}
     running: list[list[int]] = []  # of each module at work: where the count stood, and how much was its children's
@@ -82,7 +84,7 @@ def coverage(model: nn.Module, images: Tensor | None = None) -> Coverage:
                     handle.remove()
                 for m in training:
                     m.training = True
-    except Uncounted as reason:
+    except VitreousError as reason:
         return Coverage({}, unknown=str(reason))
     total = max(sum(own.values()), 1)
     plain = {b.attention.name: b.why_not for b in read(model).blocks}
