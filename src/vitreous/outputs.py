@@ -192,7 +192,9 @@ def _find_out(model: nn.Module, x: Tensor) -> bool:
         return True
     if source is None or _classes(source, weights) or any(_owns(m, y.shape[1], weights) for m in chain):
         return False
-    # A head that computes in a way of its own; but one that was taken off leaves the number of classes behind.
+    # A head that computes in a way of its own, as in integers; but one that was taken off leaves the number of classes behind.
+    if y.shape[-1] in counts and any(getattr(m, "out_features", None) == y.shape[-1] for m in chain):
+        return False
     off = any(isinstance(m, nn.Identity) for m in chain)
     return off or (y.shape[1] not in counts and way[-1].func is not None)
 

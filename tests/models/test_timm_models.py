@@ -146,7 +146,7 @@ MODELS: dict[str, Timm] = {
         named("tiny_vit_5m_224", **QUARTERS),
         side=64,
         seen=3,
-        refused=NO_GRID | not_plain("stages.1.blocks.0.attn", "lies in no block that has a norm of its own"),
+        refused=NO_GRID | not_plain("stages.1.blocks.0", BIAS),
     ),
     "next-vit": Timm(
         named("nextvit_small", depths=(1, 1, 5, 1)),

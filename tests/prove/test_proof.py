@@ -115,9 +115,10 @@ def test_why_there_is_no_drift_is_kept(vit, other, images, explain, quick):
 
 def test_verdict_of_a_shipped_file_tells_the_drift_of_what_it_came_from(vit, other, images, explain, quick):
     proof = prove({"a": vit, "slim": other, "slim.onnx": lambda x: other(x)}, images, explain=explain, **quick)
-    proof["slim.onnx"].latency[-1].__dict__["ratio"] = Interval(99.0, 98.0, 100.0)
+    for measured in proof["slim.onnx"].latency:
+        measured.__dict__["ratio"] = Interval(99.0, 98.0, 100.0)
     said = verdict(proof)
-    assert said.model.name == "slim.onnx" and "99.0 times" in said.headline
+    assert said.model.name == "slim.onnx" and "99 times" in said.headline
     assert "attention of “slim” moved" in said.sentences[-1]
 
 
@@ -178,7 +179,7 @@ def test_features_of_a_model_that_embeds(vit, images, explain, quick):
     assert found.features.mean == pytest.approx(0.1, rel=1e-4) and found.features.worst == pytest.approx(0.1, rel=1e-4)
     assert found.features.worst_cosine == pytest.approx(1)
     assert len(found.features.errors) == 40
-    assert "feature error" in str(proof)
+    assert "output error" in str(proof)
 
 
 def test_threads_and_modes_are_put_back(vit, images, explain, quick):
@@ -224,7 +225,7 @@ def test_a_folder_that_is_not_there(vit, images, explain, tmp_path, quick):
         proof.save(tmp_path / "missing" / "proof.json")
     taken = tmp_path / "taken"
     taken.mkdir()
-    with pytest.raises(VitreousError, match="cannot write"):
+    with pytest.raises(VitreousError, match="is a folder"):
         proof.save(taken)
     assert list(tmp_path.iterdir()) == [taken]
 

@@ -195,7 +195,7 @@ def test_figures_and_their_data_go_out(page: Any) -> None:
 @pytest.mark.parametrize("view", ["image", "heads", "patterns", "models"])
 def test_it_fits_a_telephone_and_the_dark(browser: Any, address: str, view: str) -> None:
     small = visit(browser, f"{address}?view={view}", 390, color_scheme="dark")
-    small.locator(".studio-card").first.wait_for()
+    small.locator(".studio-card:visible").first.wait_for()
     assert small.evaluate("document.documentElement.scrollWidth") <= 390, "nothing may stick out"
     assert small.evaluate("document.body.classList.contains('body--dark')") and not small.failures
     small.context.close()

@@ -70,13 +70,16 @@ def _find_grid(model: nn.Module, x: Tensor, anatomy: Anatomy, told: tuple[int, i
 
     def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        if given is not None and given.ndim == 3 and given.shape[1 - sequence_axis(module)] == 1:  # windows are many
-            tokens.append(given.shape[sequence_axis(module)])
+        axis = sequence_axis(attention)
+        if given is not None and given.ndim == 3 and given.shape[1 - axis] == 1:  # windows are many
+            tokens.append(given.shape[axis])
         raise _Enough
 
     with torch.no_grad(), still(model) as own:
         handles = [m.register_forward_hook(convolved) for m in own.modules() if isinstance(m, nn.Conv2d)]
-        first = own.get_submodule(anatomy.attention[0].name)
+        attention = own.get_submodule(anatomy.attention[0].name)
+        ahead = anatomy.blocks[0] if anatomy.blocks and anatomy.blocks[0].attention.name == anatomy.attention[0].name else None
+        first = own.get_submodule(ahead.name) if ahead and ahead.plain else attention  # a block of ours may add tokens inside
         handles.append(first.register_forward_pre_hook(entered, with_kwargs=True))
         try:
             run(own, x)
