@@ -77,7 +77,7 @@ def overhead(a: argparse.Namespace) -> None:
     print(f"| `vt.train` | {1000 * np.median(took['engine']):.1f} | {said} |")
 
 
-def _peak(way: str, a: argparse.Namespace, queue: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _peak(way: str, a: argparse.Namespace, queue: multiprocessing.Queue) -> None:
     {"bare": bare, "engine": engine}[way](a)
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 

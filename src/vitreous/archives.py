@@ -13,12 +13,16 @@ SPARE = 2**26  # bytes that are no matter
 
 
 def refuse_bomb(path: Path) -> None:
-    """Raise `VitreousError` for a zip file (a `torch.save` file is one) whose parts say they are far larger than it."""
+    """Raise `VitreousError` for a zip file (a `torch.save` file is one) whose parts say they are far larger than it, or that says
+    nothing which can be read: torch's reader is less strict than this one, and would unpack it."""
     try:
         with zipfile.ZipFile(path) as archive:
             told = sum(part.file_size for part in archive.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):  # not one, or broken: its reader says so
-        return
+    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # no archive: its reader says what it is
+                return
+        raise VitreousError(f"{path} is not a whole checkpoint: {error}") from error
     if told > TIMES * path.stat().st_size + SPARE:
         raise VitreousError(f"{path} would unpack from {_mb(path.stat().st_size)} to {_mb(told)}: it is not opened")
 

@@ -31,6 +31,7 @@ from .errors import VitreousError
 from .expects import INTERPOLATIONS
 from .record import arguments, plain
 
+SCALAR: Any = np.float64(0).__reduce__()[0]  # what makes a pickled number again
 # Plain values that training scripts keep beside the weights; of everything else nothing is unpickled.
 ALLOWED: list[Any] = [
     argparse.Namespace,
@@ -40,8 +41,8 @@ ALLOWED: list[Any] = [
     type(np.dtype("float32")),
     type(np.dtype("float64")),
     type(np.dtype("int64")),
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    SCALAR,
+    (SCALAR, "numpy.core.multiarray.scalar"),
 ]
 
 # Where the weights lie in a training checkpoint, the averaged ones first, as timm takes them; DINO's teacher and I-JEPA's target

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
-from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -62,8 +62,8 @@ def common(
 def main() -> None:
     """Run the command line; whatever goes wrong is one line on stderr and exit status 2, with `--debug` also its trace."""
     for stream in (sys.stdout, sys.stderr):  # names that are no text, and terminals that know no ×
-        with suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:]
     try:
         try:

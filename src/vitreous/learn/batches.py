@@ -75,6 +75,16 @@ class _Augmented(Dataset):
 Pair = tuple[Tensor, Tensor | None]
 
 
+def in_turn(data: Data | Pair, size: int = 64) -> Iterator[Pair]:
+    """Images and labels, `size` at a time, in their own order and unchanged."""
+    if isinstance(data, Data):
+        yield from data.batches(size)
+        return
+    images, labels = data
+    for i in range(0, len(images), size):
+        yield images[i : i + size], None if labels is None else labels[i : i + size]
+
+
 class Batches:
     """The batches of one process: an iterator over steps, each a list of (`piece`, `Batch`).
 
@@ -106,7 +116,7 @@ class Batches:
         assert isinstance(self.data, Data) and self.transform is not None
         loader = DataLoader(
             _Augmented(self.data, self.transform, self.order.seed),
-            batch_sampler=_Mine(self.order, self.first, self.mine),  # type: ignore[arg-type]
+            batch_sampler=_Mine(self.order, self.first, self.mine),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )

@@ -10,7 +10,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..expects import class_names, expect
 from ..outputs import answer
 from ..steps import refuse_nan
 from .augment import transform_for
-from .batches import Batches, Pair, planned, seed_everything
+from .batches import Batches, Pair, in_turn, planned, seed_everything
 from .classify import CrossEntropy
 from .objective import Batch, Now, Objective, Seen, look
 from .optimisers import AdamW, Optimiser
@@ -192,7 +192,7 @@ def train(
                 for i, (piece, part) in enumerate(pieces):
                     seed_everything(seed, step, piece)
                     teachers.clear()
-                    with fabric.no_backward_sync(wrapped, enabled=i < len(pieces) - 1):  # type: ignore[arg-type]
+                    with fabric.no_backward_sync(wrapped, enabled=i < len(pieces) - 1):
                         loss, terms, seen = wrapped(part, now)
                         _finite(loss, terms, step, part)
                         fabric.backward(loss / len(pieces))
@@ -225,7 +225,7 @@ def train(
                 save(done)
                 saved = time.monotonic()
         result = average.module if average else student
-        result = (result if result is not student else student).cpu()
+        result = result.cpu()
         if compiled:
             result._compiled_call_impl = None
         if (
@@ -294,7 +294,7 @@ def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | 
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for x, y in data.batches(size) if isinstance(data, Data) else _cut(data, size):
+        for x, y in in_turn(data, size):
             if y is None:
                 return None
             logits = answer(model(x.to(device)))
@@ -302,12 +302,6 @@ def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | 
             n += len(x)
     model.train(training)
     return right / n
-
-
-def _cut(data: Pair, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    images, labels = data
-    for i in range(0, len(images), size):
-        yield images[i : i + size], None if labels is None else labels[i : i + size]
 
 
 def _fabric(accelerator: str, devices: int | str, precision: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import VitreousError
-from .batches import Pair
+from .batches import Pair, in_turn
 from .engine import accuracy_on
 
 RULES: dict[str, type[MergingRule]] = {}
@@ -122,18 +122,17 @@ def merge(
     begun = {k: v.detach().cpu() for k, v in begin[0].items() if k in floats[0]} if begin else None
     holders = [(n, m) for n, m in models[0].named_modules() if [*m.children()]]
     roots = frozenset(f"{n}.{p}".strip(".") for n, m in holders for p, _ in m.named_parameters("", False))
-    kitchen = Kitchen(frozenset(linear), begun, roots, judge, model=merged, batches=(lambda: _batches(data)), notes=notes)
+    held = None if data is None else lambda: in_turn(data)
+    kitchen = Kitchen(
+        frozenset(linear),
+        begun,
+        roots,
+        judge,
+        model=merged,
+        batches=held,
+        notes=notes,
+    )
     return filled(rule(floats, kitchen))
-
-
-def _batches(data: Data | Pair | None, size: int = 64) -> Any:
-    if data is None:
-        return
-    if isinstance(data, Data):
-        yield from data.batches(size)
-        return
-    for i in range(0, len(data[0]), size):
-        yield data[0][i : i + size], None if data[1] is None else data[1][i : i + size]
 
 
 @torch.no_grad()
@@ -147,7 +146,7 @@ def _reestimate(model: nn.Module, data: Data | Pair) -> None:
         m.reset_running_stats()
         m.momentum = None
         m.train()
-    for x, _ in _batches(data):
+    for x, _ in in_turn(data):
         model(x)
     for m, was in zip(norms, momentum, strict=True):
         m.momentum = was

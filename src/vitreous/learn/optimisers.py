@@ -45,7 +45,7 @@ class Optimiser:
         return self._make(groups)
 
     def _make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return create_optimizer_v2(groups, opt=self.timm, lr=self.lr, weight_decay=0.0, **self.options())  # type: ignore[arg-type]
+        return create_optimizer_v2(groups, opt=self.timm, lr=self.lr, weight_decay=0.0, **self.options())
 
 
 @dataclass(frozen=True)

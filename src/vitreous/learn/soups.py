@@ -56,7 +56,7 @@ class GreedySoup(MergingRule):
 @rule
 @dataclass(frozen=True)
 class LearnedSoup(MergingRule):
-    """Of the same paper, appendix I: shares (a softmax) and a temperature, by gradient of the held-out cross-entropy.
+    """Of the same paper: shares (a softmax) and a temperature, by gradient of the held-out cross-entropy.
 
     `steps` of AdamW over the held-out images; one share for the whole model.
     """
