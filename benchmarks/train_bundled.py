@@ -37,7 +37,7 @@ from timm.optim import create_optimizer_v2, muon
 from vitreous import __version__
 from vitreous.data.fashion import fashion_arrays
 from vitreous.files import write_whole
-from vitreous.folders import locked
+from vitreous.files.folders import locked
 from vitreous.models.bundled import MEAN, STD, WEIGHTS, vit_fashion
 from vitreous.tokens import EViT
 from vitreous.work import fingerprint

@@ -16,11 +16,11 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
 from torch import Tensor, nn
 
-from vitreous import anatomy
 from vitreous.anatomy import Block as FoundBlock
 from vitreous.anatomy import read
+from vitreous.anatomy import reading as anatomy
+from vitreous.anatomy.parts import mix, plain_forward
 from vitreous.errors import VitreousError
-from vitreous.parts import mix, plain_forward
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from vitreous import VitreousError
-from vitreous.files import MANIFEST, _aside, check, folder_aside, sweep, writable, write_whole
-from vitreous.folders import folder, locked
+from vitreous.files import MANIFEST, check, folder_aside, sweep, writable, write_whole
+from vitreous.files.folders import folder, locked
+from vitreous.files.writing import _aside
 
 
 def everything(root: Path) -> dict[str, str]:

@@ -18,9 +18,9 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitreous.anatomy.parts import emit
 from vitreous.errors import VitreousError
 from vitreous.glass import glass
-from vitreous.parts import emit
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 SAME = dict(atol=1e-5, rtol=1e-5)

@@ -18,7 +18,7 @@ from small_models import SMALL
 from torch import Tensor, nn
 
 import vitreous as vt
-from vitreous.record import arguments
+from vitreous.store.record import arguments
 
 SHAPE = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
 

@@ -13,7 +13,7 @@ from support import error, small_vit
 from torch import Tensor, nn
 
 import vitreous as vt
-from vitreous.untie import untie
+from vitreous.copies.untie import untie
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitreous import quant, slim, tokens
 from vitreous.errors import VitreousError
-from vitreous.folders import locked
+from vitreous.files.folders import locked
 from vitreous.work import Work, fingerprint, part, tick, working
 
 

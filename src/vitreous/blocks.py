@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .anatomy import read
-from .chains import Chain, chain
-from .compiled import as_written
+from .anatomy.chains import Chain, chain
+from .anatomy.parts import branch, emit, parts, project
+from .anatomy.positions import Position, Turn, turned
 from .errors import VitreousError
-from .parts import branch, emit, parts, project
-from .positions import Position, Turn, turned
+from .glass.compiled import as_written
 
 
 @dataclass

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .compiled import as_written
 from .errors import VitreousError
+from .glass.compiled import as_written
 
 MOST = 1024  # images taken from a loader or an iterable, which may not end
 LOOKED_AT = 64  # images on which ranges are judged

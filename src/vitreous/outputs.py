@@ -20,8 +20,8 @@ from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .copies.own import run, still
 from .errors import VitreousError
-from .own import run, still
 
 CLASSES = ("logits", "cls_logits", "scores", "pred_logits", "probs")
 FEATURES = ("image_embeds", "image_features", "pooler_output", "x_norm_clstoken", "embeddings", "features", "last_hidden_state")

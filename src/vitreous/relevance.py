@@ -31,10 +31,10 @@ from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
 
 from .anatomy import Anatomy, read
+from .copies.own import still
 from .errors import VitreousError
-from .multihead import multi_head
+from .glass.multihead import multi_head
 from .outputs import answer
-from .own import still
 from .score import Target, criterion
 
 

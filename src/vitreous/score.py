@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .copies.own import run, still
 from .errors import VitreousError
 from .outputs import answer, embeds
-from .own import run, still
 
 Target = int | list[int] | Tensor | None
 CONSTANT = 0.01  # norms that differ by less say nothing: what is left of their gradients is mostly rounding

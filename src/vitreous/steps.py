@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from .calibrate import images
 from .calls import checked, read_calls
-from .copies import bare, in_float32
+from .copies.untie import untie
+from .copies.working import bare, in_float32
 from .errors import VitreousError, nearest
-from .folders import locked
+from .files.folders import locked
 from .schema import fits, named, read_json, short
-from .untie import untie
 from .work import Work, fingerprint, working
 
 REGISTRY: dict[str, type[Step]] = {}

@@ -1,4 +1,4 @@
-"""One studio of a small model and one browser for all tests of a worker."""
+"""One studio of a small model for all tests of a worker, and a browser for those of a module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def address(opened: tuple[str, ...]) -> Iterator[str]:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while Playwright is at work, its loop runs in this thread, and nothing else can wait
 def browser() -> Iterator[Any]:
     if BROWSER is None:
         pytest.skip("no Chromium on this machine")

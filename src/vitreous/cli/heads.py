@@ -28,7 +28,7 @@ def heads(
 
     from ..errors import VitreousError
     from ..files import writable, write_whole
-    from ..rows import as_csv, as_json, as_parquet, need_parquet
+    from ..files.rows import as_csv, as_json, as_parquet, need_parquet
     from ..see.distance import distance
     from ..see.head_importance import head_importance
     from ..see.patterns import patterns

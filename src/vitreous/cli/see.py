@@ -32,13 +32,13 @@ def see(
     from PIL import Image
 
     from .. import see as room
+    from ..copies.own import run, still
     from ..data.pictures import Unreadable, read_picture
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
     from ..files import writable, write_whole
     from ..models.dependencyvit import dependency_tree
     from ..outputs import answer, embeds
-    from ..own import run, still
     from ..prove.drawing import enlarge, overlay, survival
     from ..see.methods import CLASSLESS
     from ..see.tree import draw_tree
@@ -99,7 +99,7 @@ def _class(net: Any, number: int, classes: int) -> str:
     """The name of a class and its number; ImageNet's names for a model of its 1,000 classes that tells none."""
     from timm.data import ImageNetInfo
 
-    from ..expects import class_names
+    from ..store.expects import class_names
 
     names = class_names(net)
     if not names and classes == 1000:

@@ -35,7 +35,7 @@ def slim(
 ) -> None:
     """Make a vision transformer small and fast, prove it on data, and ship it."""
     from ..errors import VitreousError
-    from ..folders import folder
+    from ..files.folders import folder
     from ..search import Goal, Job
     from ..steps import Recipe, kept_in
     from ..terminal import console, progress_bar

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..archives import gunzip
 from ..errors import VitreousError
+from ..files.archives import gunzip
 from ..models.bundled import CLASSES as CLASSES
 
 # The first 1,000 pictures of the official test split and 256 of the train split; made by benchmarks/make_sample.py.

@@ -10,7 +10,7 @@ import numpy as np
 from timm.data.imagenet_info import ImageNetInfo
 
 from ..errors import VitreousError
-from ..expects import class_names
+from ..store.expects import class_names
 
 
 def match(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VitreousError
-from ..rows import need_parquet
+from ..files.rows import need_parquet
 from .folder import Listing
 
 SUFFIXES = (".csv", ".tsv", ".parquet")

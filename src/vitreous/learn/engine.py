@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import VitreousError
-from ..expects import class_names, expect
 from ..outputs import answer
 from ..steps import refuse_nan
+from ..store.expects import class_names, expect
 from .augment import transform_for
 from .batches import Batches, Pair, in_turn, planned, seed_everything
 from .classify import CrossEntropy

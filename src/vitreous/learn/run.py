@@ -17,7 +17,7 @@ from torch import nn
 from ..data import Data
 from ..errors import VitreousError
 from ..files import write_whole
-from ..folders import locked
+from ..files.folders import locked
 from ..steps import history_of
 from ..store import save_model
 from ..work import fingerprint

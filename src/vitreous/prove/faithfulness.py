@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from ..copies.own import still
 from ..errors import VitreousError
 from ..outputs import embeds
-from ..own import still
 from .machine import describe
 from .randomisation import Stage, stages
 from .result import Result

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
+from ..anatomy.parts import project
 from ..blocks import PlainAttention, PlainBlock, Tokens, plain_blocks
 from ..errors import VitreousError
 from ..operators import matmul_integer, quantize, shift_right
-from ..parts import project
 from ..steps import Step, step
 from ..work import tick
 from . import calibration as images_at_once

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
+from ..anatomy.parts import branch, emit, project
+from ..copies.own import run
 from ..glass import glass
 from ..outputs import answer
-from ..own import run
-from ..parts import branch, emit, project
 from .hot import Hot
 from .tail import Trunk, trunk, why_no_trunk
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, read
 from ..blocks import Reduction, traced
+from ..copies.own import exact, run, still
 from ..errors import VitreousError, nearest
-from ..own import exact, run, still
 from ..score import Target, criterion
 from .patches import check_images, grid_of, on_grid, painting
 

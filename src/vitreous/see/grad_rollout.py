@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import traced
+from ..copies.own import run, still
 from ..errors import VitreousError
 from ..glass import glass
-from ..own import run, still
 from ..score import Target, criterion
 from .patches import Reading, grid_of, parts
 from .rollout import multiply

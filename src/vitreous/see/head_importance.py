@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, read
+from ..copies.own import run, still
 from ..errors import VitreousError, nearest
 from ..glass import glass
 from ..outputs import answer, embeds
-from ..own import run, still
 from ..work import tick
 from .ablation import HotBlock, hot_blocks, why_one_by_one, without_each_head
 from .stream import Images, Means, batches, interval, side_by_side

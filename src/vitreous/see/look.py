@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..blocks import Reduction, traced
+from ..copies.own import exact, run, still
 from ..errors import VitreousError
 from ..glass import View, glass
 from ..outputs import answer
-from ..own import exact, run, still
 from .patches import Reading, before, grid_of, on_grid, places, shares
 
 Query = Literal["class"] | int

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..own import exact
+from ..copies.own import exact
 from ..relevance import Relevance, relevance
 from ..score import Target
 from .patches import check_images, grid_of, on_grid, parts, per_patch

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, read
 from ..blocks import Reduction
+from ..copies.own import exact, run, still
 from ..errors import VitreousError
 from ..outputs import answer
-from ..own import exact, run, still
 from ..score import Target, targets
 
 MAPS = 2**19  # numbers in one head's map of the images that go together

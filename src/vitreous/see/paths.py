@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..anatomy import Anatomy, read
+from ..anatomy.parts import branch
+from ..copies.own import still
 from ..errors import VitreousError
 from ..outputs import embeds
-from ..own import still
-from ..parts import branch
 from ..work import tick
 from .stream import Images, Means, batches, interval
 from .tail import Trunk, trunk, why_no_trunk

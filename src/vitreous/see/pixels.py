@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
+from ..copies.own import run, still
 from ..errors import VitreousError
-from ..own import run, still
 from ..score import Criterion, Target, criterion
 from .patches import check_images, grid_of
 

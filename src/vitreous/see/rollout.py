@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..blocks import Reduction, traced
+from ..copies.own import exact, run, still
 from ..errors import VitreousError
 from ..glass import glass
-from ..own import exact, run, still
 from .patches import Reading, grid_of, on_grid
 
 FUSE = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..blocks import Reduction, traced
+from ..copies.own import run, still
 from ..errors import VitreousError
 from ..glass import glass
-from ..own import run, still
 from .patches import check_images, places, shares
 
 RESAMPLES = 1000

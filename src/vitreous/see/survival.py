@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import traced
-from ..own import run, still
+from ..copies.own import run, still
 from .patches import grid_of, on_grid, places
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
+from ..copies.own import run
 from ..errors import VitreousError
 from ..outputs import answer
-from ..own import run
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..data.pictures import FORMATS, Unreadable, read_picture
 from ..data.transform import preparation
 from ..errors import VitreousError
 from ..files import digest, write_whole
-from ..rows import need_parquet
+from ..files.rows import need_parquet
 from .runtime import Runtime, files
 
 PART = 1024  # pictures that are lost at most when the process is killed

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from .. import see
+from ..files.rows import Rows
 from ..prove import Proof, prove
-from ..rows import Rows
 from ..see.distance import MEASURES
 from ..work import Work, working
 from .opened import Source

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from nicegui import ui
 
 from ..errors import VitreousError
+from ..files.rows import Rows
 from ..prove.drawing import data_uri, enlarge
-from ..rows import Rows
 from . import apart
 from .drawing import heat
 from .parts import FAINT, attributes, exports, guarded, heading, plot, plotted, thumb_button

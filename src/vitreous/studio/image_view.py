@@ -11,9 +11,9 @@ from starlette.datastructures import UploadFile
 
 from .. import see
 from ..errors import VitreousError
+from ..files.rows import Rows
 from ..prove.drawing import data_uri, enlarge, survival, tokens_left
 from ..prove.drift import total_variation
-from ..rows import Rows
 from .drawing import Sheet, heat, patch_at, whole_svg
 from .parts import attributes, exports, guarded, heading, take_files, thumb_button
 from .session import MAX_BYTES, Session

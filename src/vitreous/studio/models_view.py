@@ -10,8 +10,8 @@ from typing import Any
 
 from nicegui import ui
 
+from ..files.rows import Rows
 from ..prove.table import three
-from ..rows import Rows
 from . import apart
 from .opened import Opened, Source
 from .parts import attributes, exports, guarded, heading, table

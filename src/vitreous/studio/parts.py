@@ -14,7 +14,7 @@ from nicegui import app, ui
 from starlette.datastructures import UploadFile
 
 from ..errors import VitreousError
-from ..rows import Rows, as_csv, as_parquet
+from ..files.rows import Rows, as_csv, as_parquet
 from .session import Superseded
 
 E = TypeVar("E", bound=ui.element)

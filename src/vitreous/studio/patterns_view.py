@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from nicegui import ui
 
-from ..rows import Rows
+from ..files.rows import Rows
 from . import apart
 from .heads_view import Study, colours, matrix
 from .parts import exports, guarded, heading, plot, plotted

@@ -12,10 +12,10 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..anatomy import read
+from ..anatomy.parts import branch, emit, project
+from ..anatomy.positions import Turn
 from ..blocks import PlainAttention, PlainBlock, Reduction, Tokens, note, plain_blocks
 from ..errors import VitreousError
-from ..parts import branch, emit, project
-from ..positions import Turn
 from ..steps import Step, step
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..anatomy import read
+from ..anatomy.parts import emit, project
+from ..anatomy.positions import Turn
 from ..blocks import PlainAttention, Tokens, plain_blocks
 from ..errors import VitreousError
-from ..parts import emit, project
-from ..positions import Turn
 from ..steps import Step, step
 
 # The official configuration: a sixth of the tokens as basis vectors, of which a query uses 8; half of a head's channels.

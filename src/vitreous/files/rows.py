@@ -9,7 +9,7 @@ import json
 import math
 from typing import Any
 
-from .errors import VitreousError
+from ..errors import VitreousError
 
 Rows = list[dict[str, Any]]
 

@@ -15,19 +15,19 @@ from safetensors.torch import save
 from timm.layers import to_2tuple
 from torch import nn
 
+from ..copies.untie import untie
+from ..copies.working import bare
+from ..data.transform import preparation
+from ..errors import VitreousError
+from ..files import check, write_whole
+from ..models.bundled import CLASSES, WEIGHTS
+from ..outputs import tensors
+from ..steps import History, history_of, refuse_nan, remember
+from ..work import fingerprint
 from .checkpoints import Checkpoint, as_built, fill, read, read_safetensors, trained_as
-from .copies import bare
-from .data.transform import preparation
-from .errors import VitreousError
 from .expects import class_names, expect, expectations, restore
-from .files import check, write_whole
 from .hugging_face import open_folder
-from .models.bundled import CLASSES, WEIGHTS
-from .outputs import tensors
 from .record import HUBS, NEVER, affordable, arguments, read_record, refuse_hub, refuse_reading
-from .steps import History, history_of, refuse_nan, remember
-from .untie import untie
-from .work import fingerprint
 
 BUNDLED = "vit_fashion"
 KEY = "vitreous"

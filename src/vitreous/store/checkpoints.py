@@ -26,8 +26,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from .archives import refuse_bomb
-from .errors import VitreousError
+from ..errors import VitreousError
+from ..files.archives import refuse_bomb
 from .expects import INTERPOLATIONS
 from .record import arguments, plain
 

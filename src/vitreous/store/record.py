@@ -18,10 +18,10 @@ import torch
 from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-from .errors import VitreousError, nearest
+from ..errors import VitreousError, nearest
+from ..schema import fits, read_json, short
+from ..steps import Step, make_step
 from .expects import KEPT
-from .schema import fits, read_json, short
-from .steps import Step, make_step
 
 # Arguments by which timm reads files or the network, or answers another thing than a model.
 NEVER = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from .errors import VitreousError
+from ..errors import VitreousError
 from .parts import FEWER, parts
 from .roles import NotPlain
 from .whole import Whole, told

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import VitreousError
+from ..errors import VitreousError
 from .expects import expect
 
 TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel", "Siglip2Model": "Siglip2VisionModel"}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import VitreousError
+from ..errors import VitreousError
 
 CHECKPOINTING = re.compile(r"checkpoint(ing)?$")
 

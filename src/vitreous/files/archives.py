@@ -6,7 +6,7 @@ import gzip
 import zipfile
 from pathlib import Path
 
-from .errors import VitreousError
+from ..errors import VitreousError
 
 TIMES = 20  # how many times its own size an archive may unpack to; pictures and weights hardly shrink
 SPARE = 2**26  # bytes that are no matter

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import VitreousError, nearest
+from ..errors import VitreousError, nearest
 
 CROPS = ("center", "squash", "border")
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "nearest", "box", "hamming")

@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
 
-from .errors import VitreousError
+from ..errors import VitreousError
 
 _MINE: ContextVar[tuple[Any, ...]] = ContextVar("glasses", default=())  # what this thread or task looks through
 _OPEN: dict[int, list[Any]] = {}  # what each thread looks through, whichever of its tasks does

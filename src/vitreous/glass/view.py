@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from .anatomy import attention_names, holding_block
+from ..anatomy import attention_names, holding_block
+from ..errors import VitreousError, nearest
 from .compiled import as_written
-from .errors import VitreousError, nearest
 from .here import enter, here, leave
 from .multihead import multi_head
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import VitreousError
-from .files import MANIFEST, folder_aside, manifest, replaceable, write_manifest
+from ..errors import VitreousError
+from .writing import MANIFEST, folder_aside, manifest, replaceable, write_manifest
 
 
 class Busy(VitreousError):
