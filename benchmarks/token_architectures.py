@@ -38,11 +38,11 @@ from vitreous.data.fashion import fashion_arrays
 from vitreous.models.bundled import MEAN, STD
 from vitreous.models.dependencyvit import DependencyBlock, DependencyViT
 from vitreous.models.dyn_perceiver import EXITS, DynPerceiver
-from vitreous.models.dyn_perceiver_backbones import Backbone, resnet
+from vitreous.models.dyn_perceiver.backbones import Backbone, resnet
 from vitreous.models.early_exit import Calibration, calibrate_exits
 from vitreous.models.lookupvit import LookupViT
 from vitreous.models.sparseformer import SparseFormer
-from vitreous.models.sparseformer_focus import V1
+from vitreous.models.sparseformer.focus import V1
 from vitreous.prove import Measured
 
 WIDTH, DEPTH, HEADS = 64, 8, 4

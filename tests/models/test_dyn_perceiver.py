@@ -14,7 +14,7 @@ from support import fill, golden
 from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
-from vitreous.models import dyn_perceiver as dp
+from vitreous.models.dyn_perceiver import network as dp
 from vitreous.models.early_exit import HELD, _planned, _thresholds, calibrate_exits, dynamic, exit_macs
 from vitreous.models.official import load_official, variants
 from vitreous.prove.cost import macs

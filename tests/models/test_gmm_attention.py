@@ -9,7 +9,7 @@ from torch import nn
 
 from vitreous import VitreousError, glass
 from vitreous.models.gmm_attention import GaussianMaskAttention, GaussianMixtureMask, gaussian
-from vitreous.models.gmm_swin import GaussianMaskWindowAttention, GMMSwin
+from vitreous.models.gmm_attention.swin import GaussianMaskWindowAttention, GMMSwin
 
 # How many layers of each small model have a mask, and how many, those of the class token alone, have none.
 LAYERS = {"": (9, 0), " swin": (4, 0), " cait": (2, 2), " pit": (3, 0), " t2t": (4, 0)}

@@ -15,9 +15,9 @@ from support import fill, golden, small_vit
 from torch import Tensor, nn
 
 from vitreous.errors import VitreousError
-from vitreous.models import sparseformer as sf
 from vitreous.models.official import load_official, variants
-from vitreous.models.sparseformer_focus import look, move
+from vitreous.models.sparseformer import network as sf
+from vitreous.models.sparseformer.focus import look, move
 from vitreous.prove.cost import macs
 from vitreous.ship import ship_all
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vitreous.models.uniformer_light import EvolvingBlock, EvolvingStage
+from vitreous.models.uniformer.light import EvolvingBlock, EvolvingStage
 
 
 def evolved(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,11 +14,11 @@ from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, trun
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention, window_partition, window_reverse
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from ..mixers import require_size
-from .classifier import Pyramid, init_weights
-from .gmm_attention import GaussianMixtureMask, computed, gaussian, publish_both
-from .official import renamed
+from ...errors import VitreousError
+from ...mixers import require_size
+from ..classifier import Pyramid, init_weights
+from ..official import renamed
+from .vit import GaussianMixtureMask, computed, gaussian, publish_both
 
 Handed = tuple[Tensor, Tensor]  # a map [B, H, W, C], and the Gaussian of a window, which all blocks share
 

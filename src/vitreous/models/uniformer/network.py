@@ -14,9 +14,9 @@ from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..mixers import ConditionalPosition, MetaBlock, conv_norm
-from .classifier import Pyramid, init_weights
-from .official import official, publish, renamed
+from ...mixers import ConditionalPosition, MetaBlock, conv_norm
+from ..classifier import Pyramid, init_weights
+from ..official import official, publish, renamed
 
 
 def local_block(

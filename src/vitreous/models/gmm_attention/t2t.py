@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from timm.layers import Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from ..mixers import MetaBlock, require_size, sinusoid
-from .classifier import Classifier, init_weights
-from .gmm_attention import GaussianMaskAttention, GaussianMixtureMask, computed, gaussian, publish_both
-from .official import renamed
+from ...errors import VitreousError
+from ...mixers import MetaBlock, require_size, sinusoid
+from ..classifier import Classifier, init_weights
+from ..official import renamed
+from .vit import GaussianMaskAttention, GaussianMixtureMask, computed, gaussian, publish_both
 
 
 class TokenAttention(nn.Module):

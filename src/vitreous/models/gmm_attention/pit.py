@@ -15,11 +15,11 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from ..mixers import MetaBlock, require_size
-from .classifier import Pyramid, init_weights
-from .gmm_attention import NAMES, GaussianMaskAttention, computed, gaussian, publish_both
-from .official import renamed
+from ...errors import VitreousError
+from ...mixers import MetaBlock, require_size
+from ..classifier import Pyramid, init_weights
+from ..official import renamed
+from .vit import NAMES, GaussianMaskAttention, computed, gaussian, publish_both
 
 
 class Stem(nn.Module):

@@ -34,10 +34,10 @@ from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..anatomy import read
-from ..errors import VitreousError
-from .official import official
-from .sparseformer_focus import BTSP, V1, AdaptiveMixing, Focus, Style, full, heads_of
+from ...anatomy import read
+from ...errors import VitreousError
+from ..official import official
+from .focus import BTSP, V1, AdaptiveMixing, Focus, Style, full, heads_of
 
 
 class EarlyConvolution(nn.Module):

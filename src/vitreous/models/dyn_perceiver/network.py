@@ -23,9 +23,9 @@ from timm.layers import Mlp
 from timm.models import register_model
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from .dyn_perceiver_backbones import Backbone, mobilenet, regnet, resnet
-from .official import official
+from ...errors import VitreousError
+from ..official import official
+from .backbones import Backbone, mobilenet, regnet, resnet
 
 EXITS = ("early3", "attention", "cnn", "merged")
 GRID = 7  # cells along each side of the pooled map that latents attend to

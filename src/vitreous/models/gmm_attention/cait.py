@@ -12,10 +12,10 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
-from ..mixers import MetaBlock, require_size
-from .classifier import Classifier, init_weights
-from .gmm_attention import NAMES, GaussianMixtureMask, computed, gaussian, patches, publish_both
-from .official import renamed
+from ...mixers import MetaBlock, require_size
+from ..classifier import Classifier, init_weights
+from ..official import renamed
+from .vit import NAMES, GaussianMixtureMask, computed, gaussian, patches, publish_both
 
 
 class TalkingHeadsAttention(nn.Module):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
-from ..mixers import ConditionalPosition
-from .classifier import Pyramid, init_weights
-from .official import publish, renamed
-from .uniformer import conv_stem, local_block, patch_embed
-from .uniformer import convert as convert_uniformer
+from ...mixers import ConditionalPosition
+from ..classifier import Pyramid, init_weights
+from ..official import publish, renamed
+from .network import conv_stem, local_block, patch_embed
+from .network import convert as convert_uniformer
 
 norm_layer = partial(nn.LayerNorm, eps=1e-6)
 Carried = tuple[Tensor, Tensor, Tensor | None]  # a map, the class token, the scores of the places

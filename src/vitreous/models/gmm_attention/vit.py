@@ -2,7 +2,7 @@
 RetNet Viewed through Convolution" (Pattern Recognition 2024).
 
 Facts from the official repository, CatworldLee/Gaussian-Mixture-Mask-Attention, for images of 32 (CIFAR, SVHN) and 64 pixels
-(Tiny-ImageNet). Here are the mask, the plain ViTs, and what they share with `gmm_swin`, `gmm_cait`, `gmm_pit` and `gmm_t2t`.
+(Tiny-ImageNet). Here are the mask, the plain ViTs, and what they share with `swin`, `cait`, `pit` and `t2t`.
 
 Not built: the paper's first attempt, a free number for each pair of tokens (`is_SLM`), which the repository does not hand on to
 Swin and to the ViTs of other depths; and patches of 32 pixels in images of 256, for which it has no data set.
@@ -21,9 +21,9 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import VitreousError
-from .classifier import init_weights
-from .official import Convert, official, publish, renamed
+from ...errors import VitreousError
+from ..classifier import init_weights
+from ..official import Convert, official, publish, renamed
 
 
 def gaussian(side: int) -> Tensor:
