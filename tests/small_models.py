@@ -74,6 +74,11 @@ SMALL: dict[str, Small] = {
         other_side=None,
         resized=dict(img_size=192),
     ),
+    "dinat": Small("dinat_mini", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((3,), (1,), (1,), (1,)), kernel=3)),
+    "dinat merging": Small(
+        "dinat_s_tiny", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((1,), (2,), (1,), (1,)), kernel=3)
+    ),
+    "dinat isotropic": Small("dinat_isotropic_small", dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, kernel=3)),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",

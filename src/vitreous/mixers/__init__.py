@@ -5,7 +5,7 @@ from .depthwise import ConditionalPosition, DepthwiseMlp, conv_norm
 from .dilated import DilatedReparam
 from .distilled import DistilledHead
 from .fourier import irfft2, rfft2
-from .neighbourhood import adaptive_avg_pool, neighbourhoods
+from .neighbourhood import NeighbourhoodAttention, adaptive_avg_pool, neighbourhoods
 from .positions import patch_grid, require_size, resample_position, sinusoid
 from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan, state_space_dual
 
@@ -15,6 +15,7 @@ __all__ = [
     "DilatedReparam",
     "DistilledHead",
     "MetaBlock",
+    "NeighbourhoodAttention",
     "SelectiveScan",
     "adaptive_avg_pool",
     "conv_norm",
