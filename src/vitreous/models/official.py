@@ -63,6 +63,7 @@ def publish(
     configurations = vars(sys.modules[cls.__module__]).setdefault("default_cfgs", {})
     configurations.update(generate_default_cfgs({name: {**whole, **cfg}}))
     build.convert = convert  # type: ignore[attr-defined]  # `vitreous.checkpoints` converts official files by it
+    setattr(sys.modules[cls.__module__], name, build)  # where timm's `register_model` says that it is
     register_model(build)
     official(variant, build, convert)
 
