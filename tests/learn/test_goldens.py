@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support import fill, official_state
+from support import golden as of_a_model
 
 import vitreous as vt
 from vitreous.learn.align import alignment
+from vitreous.learn.arbex import ReliabilityBalance, anchor_loss, centre_loss
+from vitreous.learn.g2sd import generic
 from vitreous.learn.long_tail import deit_lt, effective_weights, exponential_counts
 from vitreous.learn.merging import Kitchen
 from vitreous.learn.nkd import nkd, uskd
 from vitreous.learn.sam import ascend
+from vitreous.learn.scalekd import CrossAttentionProjector, mimic, without_dc
 from vitreous.learn.sgd_sai import SGDSaIOptimizer
+from vitreous.models import load_official
+from vitreous.models.masked_autoencoder import sine_cosine
 
 FOLDER = Path(__file__).parents[1] / "goldens"
 
@@ -161,3 +168,75 @@ def test_gpt4image(form, name):
     loss.backward()
     near(loss.detach(), g[f"loss_{name}"], 1e-10)
     near(image.grad, g[f"grad_{name}"], 1e-9)
+
+
+def test_g2sd_losses():
+    info, g = golden("g2sd--losses")
+    student, cls, dist = (g[k].requires_grad_() for k in ("student", "cls", "dist"))
+    loss = generic(student, g["teacher"], info["kwargs"]["beta"])
+    loss.backward()
+    near(loss.detach(), g["loss_generic"], 1e-10)
+    near(student.grad, g["grad_student"], 1e-9)
+    ours, taught = deit_lt(cls, dist, g["teacher_logits"], g["label"])
+    (ours + taught).backward()
+    near((ours + taught).detach(), g["loss_specific"], 1e-10)
+    near(cls.grad, g["grad_cls"], 1e-9)
+    near(dist.grad, g["grad_dist"], 1e-9)
+
+
+def test_g2sd_student():
+    """The released student's own names, strictly; its parameters; what it predicts of the teacher's decoder."""
+    info, expected, x = of_a_model("g2sd--student_small")
+    # the released positions are computed by the constructor
+    tables = {"pos_embed": sine_cosine(384, (14, 14)), "decoder_pos_embed": sine_cosine(256, (14, 14))}
+    model = load_official(info["entry"], official_state(info) | tables)
+    assert sum(p.numel() for p in model.parameters()) == info["params"]
+    noise = torch.from_numpy(np.random.default_rng(7).random((2, 196), np.float32))
+    with torch.no_grad():
+        out = model.masked(x, noise)
+    assert list(out.flatten(1).shape) == info["out_shape"]
+    near(out.flatten(1)[:, : expected.shape[1]], torch.as_tensor(expected), 1e-4)
+
+
+def test_scalekd():
+    info, g = golden("scalekd--cap_query")
+    k, student = info["kwargs"], g["student"].requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for i, (view, see) in enumerate((("spatial", lambda x: x), ("frequency", without_dc))):
+        grid, heads = (k["hw"], k["hw"]), k["num_heads"]
+        made = CrossAttentionProjector(
+            k["student_dims"], k["teacher_dims"], grid, k["hw"] ** 2, heads, k["softmax_scale"][i]
+        )  # fmt: skip
+        start = f"projector_{i}."
+        named = {n: tuple(shape) for n, shape in info["state"] if n.startswith(start) and not n.endswith("tracked")}
+        state = {n.removeprefix(start): torch.from_numpy(fill(n, shape)) for n, shape in named.items()}
+        counted = {"proj_student.1.num_batches_tracked": torch.tensor(0)}
+        made.load_state_dict(state | counted)
+        out = made.double().eval()(student)
+        near(out.detach(), g[f"projected_{view}"], 1e-10)
+        term = k["alpha"][i] * mimic(see(out.mT.unflatten(2, (k["hw"], k["hw"]))), see(g["teacher"]))
+        near(term.detach(), g[f"loss_{view}"], 1e-10)
+        loss = loss + term
+    loss.backward()
+    near(student.grad, g["grad_student"], 1e-9)
+
+
+def test_arbex():
+    """The released balancing, where the images of a batch attend to each other."""
+    info, g = golden("arbex--balance_8c10a")
+    k = info["kwargs"]
+    balance = ReliabilityBalance(k["dim"], k["classes"], k["n_anchors"], 1, "batch", k["temperature"], k["delta"]).double()
+    state = {n.removeprefix("attn__").replace("__", "."): v for n, v in g.items() if n.startswith("attn__")}
+    balance.load_state_dict(state | {"anchors": g["anchors"], "trust": torch.tensor(k["trust"], dtype=torch.float64)})
+    e, z = g["embeddings"].requires_grad_(), g["logits"].requires_grad_()
+    found = balance(e, z)
+    for name in ("prob", "confidence", "distances", "similarities", "attention", "correction"):
+        near(getattr(found, name).detach(), g[name], 1e-10)
+    near(found.final.detach(), g["corrected"], 1e-10)
+    ce = F.nll_loss(found.final.log(), g["label"], g["class_weight"])
+    apart, centre = anchor_loss(balance.anchors), centre_loss(found.distances, g["label"], found.confidence, k["dim"])
+    for ours, name in ((ce, "ce"), (apart, "anchor"), (centre, "center")):
+        near(ours.detach(), g[f"loss_{name}"], 1e-10)
+    (ce + k["trust"] * (k["lambda_mu"] * apart + k["lambda_center"] * centre)).backward()
+    for leaf, name in ((e, "embeddings"), (z, "logits"), (balance.anchors, "anchors")):
+        near(leaf.grad, g[f"grad_{name}"], 1e-9)

@@ -1,12 +1,14 @@
 """Teaching a model: the engine, what is learnt, optimisers; objectives and schedules of the methods."""
 
 from .align import AlignToTable
+from .arbex import ARBEx, with_balance
 from .classify import BinaryCrossEntropy, CrossEntropy
 from .consistency import token_reduction_consistency
 from .distill import KD, FeatureMatch
 from .engine import train
 from .ewa import EWA, merged, with_experts
 from .frd import frd, reverse_modules
+from .g2sd import MAE, GenericDistillation, SpecificDistillation
 from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenReductionConsistency, heal
 from .long_tail import DeiTLT, effective_weights, long_tailed
 from .merging import Kitchen, MergingRule, merge
@@ -16,6 +18,7 @@ from .opcm import OPCM
 from .optimisers import SGD, AdamW, Lion, Optimiser, SGDSaI
 from .patch_mixing import PatchMixing, replacement_curve
 from .sam import SAM
+from .scalekd import ScaleKD
 from .schedule import keep_rate, set_keep
 from .sharpness import largest_eigenvalue, neighbourhood_loss
 from .soups import GreedySoup, LearnedSoup, UniformSoup
@@ -25,11 +28,13 @@ __all__ = [
     "EWA",
     "FRD",
     "KD",
+    "MAE",
     "NKD",
     "OPCM",
     "SAM",
     "SGD",
     "USKD",
+    "ARBEx",
     "AdamW",
     "AlignToTable",
     "Batch",
@@ -38,6 +43,7 @@ __all__ = [
     "CrossEntropy",
     "DeiTLT",
     "FeatureMatch",
+    "GenericDistillation",
     "GreedySoup",
     "KeepRate",
     "Kitchen",
@@ -49,8 +55,10 @@ __all__ = [
     "Optimiser",
     "PatchMixing",
     "SGDSaI",
+    "ScaleKD",
     "Seen",
     "SparsifinerDistillation",
+    "SpecificDistillation",
     "TokenReductionConsistency",
     "UniformSoup",
     "connectivity_loss",
@@ -71,5 +79,6 @@ __all__ = [
     "sparsifiner_distillation",
     "token_reduction_consistency",
     "train",
+    "with_balance",
     "with_experts",
 ]

@@ -46,9 +46,12 @@ class Lesson(nn.Module):
         self.parts = nn.ModuleList(o.parts(student) or nn.Identity() for o in objectives)
         self.wants = {w for o in objectives for w in o.wants}
         self.blocks = {i for o in objectives for i in o.blocks(student)}
+        self.layers = {name for o in objectives for name in o.layers(student)}
 
     def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor], Seen]:
-        seen = look(self.student, batch.images, self.wants, self.blocks) if self.wants else Seen(batch.images.new_zeros(0))
+        seen = Seen(batch.images.new_zeros(0))
+        if self.wants:
+            seen = look(self.student, batch.images, self.wants, self.blocks, self.layers)
         terms: dict[str, Tensor] = {}
         for objective, parts in zip(self.objectives, self.parts, strict=True):
             now.model, now.parts = self.student, parts
@@ -279,11 +282,16 @@ class _Teachers:
 
     @torch.no_grad()
     def __call__(
-        self, teacher: nn.Module, images: Tensor, wants: Sequence[str] = ("logits",), blocks: Sequence[int] = ()
+        self,
+        teacher: nn.Module,
+        images: Tensor,
+        wants: Sequence[str] = ("logits",),
+        blocks: Sequence[int] = (),
+        layers: Sequence[str] = (),
     ) -> Seen:
-        key = id(teacher), id(images), tuple(sorted(wants)), tuple(blocks)
+        key = id(teacher), id(images), tuple(sorted(wants)), tuple(blocks), tuple(layers)
         if key not in self.seen:
-            self.seen[key] = look(teacher, images, wants, blocks)
+            self.seen[key] = look(teacher, images, wants, blocks, layers)
         return self.seen[key]
 
 

@@ -45,6 +45,18 @@ def deit_lt(
     return (1 - alpha) * F.cross_entropy(cls, labels), alpha * F.cross_entropy(dist, hard, weight=weights)
 
 
+def two_answers(seen: Seen, student: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """Logits `[B, C]` of the class token and of the distillation token. Raises `VitreousError` for a model without either."""
+    heads = [getattr(student, n, None) for n in ("head", "head_dist")]
+    if seen.prefix is None or read(student).prefix < 2 or not all(isinstance(h, nn.Module) for h in heads):
+        raise VitreousError(
+            f"{name} needs a student with a class and a distillation token, each with a head: {type(student).__name__} "
+            "has not; choose one of timm's deit_*_distilled models"
+        )
+    cls, dist = (cast(nn.Module, h)(seen.prefix[:, i]).float() for i, h in enumerate(heads))
+    return cls, dist
+
+
 @objective
 @dataclass(frozen=True)
 class DeiTLT(Objective):
@@ -64,14 +76,7 @@ class DeiTLT(Objective):
     alpha: float = 0.5
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
-        student = now.model
-        heads = [getattr(student, n, None) for n in ("head", "head_dist")]
-        if seen.prefix is None or read(student).prefix < 2 or not all(isinstance(h, nn.Module) for h in heads):
-            raise VitreousError(
-                f"DeiTLT needs a student with a class and a distillation token, each with a head: {type(student).__name__} "
-                "has not; choose one of timm's deit_*_distilled models"
-            )
-        cls, dist = (cast(nn.Module, h)(seen.prefix[:, i]).float() for i, h in enumerate(heads))
+        cls, dist = two_answers(seen, now.model, "DeiTLT")
         shown = batch.images
         if self.size is not None and shown.shape[-1] != self.size:
             shown = F.interpolate(shown, size=(self.size, self.size), mode="bicubic", antialias=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..errors import VitreousError
+from ..errors import VitreousError, nearest
 from ..outputs import answer
 
 REGISTRY: dict[str, type[Objective]] = {}
@@ -54,20 +54,22 @@ class Batch:
 class Seen:
     """What a model gave for a batch: its answer `[B, K]`; prefix tokens `[B, P, C]` and patch tokens `[B, N, C]` as they leave
     the last block (after the final norm where the model has one); `pooled [B, C]`, what the classifier reads, or the answer where
-    there is none; `blocks[i]`, all tokens `[B, P + N, C]` that leave block i."""
+    there is none; `blocks[i]`, all tokens `[B, P + N, C]` that leave block i; `layers[name]`, what leaves the submodule of that
+    name."""
 
     logits: Tensor
     prefix: Tensor | None = None
     patches: Tensor | None = None
     pooled: Tensor | None = None
     blocks: dict[int, Tensor] = field(default_factory=dict)
+    layers: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Now:
     """Where the training is. `share` goes from 0 to 1 over the run, `epoch` is fractional; `teach(teacher, images, wants,
-    blocks)` gives what a frozen teacher sees, once for all objectives; `gather` brings `[b, …]` of every process together, with
-    gradient."""
+    blocks, layers)` gives what a frozen teacher sees, once for all objectives; `gather` brings `[b, …]` of every process
+    together, with gradient."""
 
     model: nn.Module
     share: float = 0.0
@@ -87,6 +89,10 @@ class Objective:
 
     def blocks(self, model: nn.Module) -> Sequence[int]:
         """Blocks whose tokens it wants to see."""
+        return ()
+
+    def layers(self, model: nn.Module) -> Sequence[str]:
+        """Names of the submodules whose output it wants to see."""
         return ()
 
     def parts(self, model: nn.Module) -> nn.Module | None:
@@ -132,14 +138,39 @@ def same_classes(ours: Tensor, theirs: Tensor, name: str) -> None:
 FINAL_NORM = ("norm", "layernorm", "post_layernorm", "ln_post", "ln", "encoder.ln")
 
 
-def look(model: nn.Module, images: Tensor, wants: Iterable[str] = ("logits",), blocks: Iterable[int] = ()) -> Seen:
-    """Run `model` on `images` and keep what is wanted: "logits", "prefix", "patches", "pooled", and tokens that leave `blocks`.
+def final(model: nn.Module) -> str:
+    """The submodule that tokens leave last: the norm after the last block, or that block where there is none."""
+    last, names = read(model).blocks[-1].name, dict(model.named_modules())
+    stem = last.split(".")
+    holders = [".".join(stem[:i]) for i in range(len(stem))]
+    return next((n for h in reversed(holders) for f in FINAL_NORM if (n := f"{h}.{f}".strip(".")) in names), last)
 
-    Raises `VitreousError` where tokens are wanted of a model that has no blocks, or of a block that it has not.
+
+def look(
+    model: nn.Module,
+    images: Tensor,
+    wants: Iterable[str] = ("logits",),
+    blocks: Iterable[int] = (),
+    layers: Iterable[str] = (),
+) -> Seen:
+    """Run `model` on `images` and keep what is wanted: "logits", "prefix", "patches", "pooled", tokens that leave `blocks`, and
+    what leaves the submodules called `layers`.
+
+    Raises `VitreousError` where tokens are wanted of a model that has no blocks, or of a block or submodule that it has not.
     """
-    wants, blocks = set(wants), sorted(set(blocks))
+    wants, blocks, layers = set(wants), sorted(set(blocks)), sorted(set(layers))
     tokens, handles = {}, []
     anatomy = read(model) if blocks or wants & {"prefix", "patches"} else None
+    names = dict(model.named_modules())
+    if absent := [n for n in layers if n not in names]:
+        raise VitreousError(f"{type(model).__name__} has no module '{absent[0]}'{nearest(absent[0], names)}")
+
+    def keep(key: int | str) -> Callable[[Any, Any, Any], None]:
+        def hook(_: Any, __: Any, out: Any) -> None:
+            tokens[key] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
     if anatomy is not None:
         if not anatomy.blocks:
             raise VitreousError(f"{anatomy.kind} has no blocks of attention whose tokens could be taught: teach by its answers")
@@ -147,20 +178,12 @@ def look(model: nn.Module, images: Tensor, wants: Iterable[str] = ("logits",), b
         if wrong := [i for i in blocks if not -depth <= i < depth]:
             raise VitreousError(f"{anatomy.kind} has blocks 0 to {depth - 1}, there is no block {wrong[0]}")
 
-        def keep(key: int | str) -> Callable[[Any, Any, Any], None]:
-            def hook(_: Any, __: Any, out: Any) -> None:
-                tokens[key] = out[0] if isinstance(out, tuple) else out
-
-            return hook
-
         for i in blocks:
             handles.append(model.get_submodule(anatomy.blocks[i].name).register_forward_hook(keep(i)))
         if wants & {"prefix", "patches"}:
-            stem = anatomy.blocks[-1].name.split(".")
-            holders = [".".join(stem[:i]) for i in range(len(stem))]
-            names = dict(model.named_modules())
-            found = next((n for h in reversed(holders) for f in FINAL_NORM if (n := f"{h}.{f}".strip(".")) in names), None)
-            handles.append(names[found or anatomy.blocks[-1].name].register_forward_hook(keep("last")))
+            handles.append(names[final(model)].register_forward_hook(keep("last")))
+    for name in layers:
+        handles.append(names[name].register_forward_hook(keep(f"layer {name}")))
     if "pooled" in wants and (head := read(model).classifier) is not None:
         handles.append(model.get_submodule(head).register_forward_pre_hook(lambda _, given: tokens.update(pooled=given[0])))
     try:
@@ -170,6 +193,7 @@ def look(model: nn.Module, images: Tensor, wants: Iterable[str] = ("logits",), b
             handle.remove()
     seen.pooled = tokens.get("pooled", seen.logits)
     seen.blocks = {i: tokens[i] for i in blocks}
+    seen.layers = {name: tokens[f"layer {name}"] for name in layers}
     if "last" in tokens and anatomy is not None:
         seen.prefix, seen.patches = tokens["last"][:, : anatomy.prefix], tokens["last"][:, anatomy.prefix :]
     return seen
