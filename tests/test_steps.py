@@ -24,6 +24,7 @@ ARGUMENTS = {
     "tokens.EViT": {"keep": 0.5},
     "tokens.ToMe": {"r": 2},
     "prune.Heads": {"share": 0.34},
+    "prune.NViT": {"keep": 0.7, "rounds": 2},
     "quant.ISViT": {"iterations": 2},
     "quant.GradientPTQ": {"iterations": 2},
 }

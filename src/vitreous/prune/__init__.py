@@ -1,5 +1,6 @@
 """Steps that remove weights, heads or blocks."""
 
 from .heads import Heads
+from .nvit import NViT
 
-__all__ = ["Heads"]
+__all__ = ["Heads", "NViT"]

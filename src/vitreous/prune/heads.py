@@ -14,6 +14,7 @@ from ..blocks import merged, plain_blocks, shared_copy
 from ..errors import VitreousError
 from ..outputs import answer, embeds
 from ..steps import Step, step
+from .cut import cut_heads
 
 BATCH = 16
 
@@ -38,9 +39,9 @@ def importance(model: nn.Module, images: Tensor) -> list[Tensor]:
     heads = {b.name: cast(int, b.attn.num_heads) for b in blocks}
     projections = {b.name: f"{b.name}.attn.proj" for b in blocks}
     if classes:
-        scores = _slopes(model, images, heads, projections, _cross_entropy)
+        scores = _slopes(model, images, heads, projections, cross_entropy)
     if scores is None or not any(s.any() for s in scores):
-        scores = _slopes(model, images, heads, projections, _random_component)
+        scores = _slopes(model, images, heads, projections, random_component)
     if not all(torch.isfinite(s).all() for s in scores):
         raise VitreousError("prune.Heads: gradients hold NaN or infinity, by which no head can be chosen; try it in float32")
     if not any(s.any() for s in scores):
@@ -82,11 +83,11 @@ def _slopes(model: nn.Module, images: Tensor, heads: dict[str, int], projections
 
 
 # The sum over images: each mask belongs to one image, so their gradients do not mix.
-def _cross_entropy(out: Tensor) -> Tensor:
+def cross_entropy(out: Tensor) -> Tensor:
     return F.cross_entropy(out, out.argmax(1), reduction="sum")
 
 
-def _random_component(out: Tensor) -> Tensor:
+def random_component(out: Tensor) -> Tensor:
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     return (F.normalize(direction.flatten(1), dim=1).view_as(out) * out).sum()
 
@@ -144,41 +145,9 @@ class Heads(Step):
         if len(plan["heads"]) != len(blocks):
             raise VitreousError(f"{self.name}: the plan has {len(plan['heads'])} blocks, the model has {len(blocks)}")
         for block, removed in zip(blocks, plan["heads"], strict=True):
-            if removed:
-                self._shrink(cast(Any, block.attn), removed, block.name)
-
-    def _shrink(self, attn: Any, removed: list[int], where: str) -> None:
-        if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
-            raise VitreousError(
-                f"{self.name}: block '{where}' normalises all heads together: none can go without changing the rest"
-            )
-        heads = attn.num_heads
-        if not set(removed) < set(range(heads)):
-            raise VitreousError(f"{self.name}: the plan removes heads {removed} of block '{where}', which has {heads}")
-        d = attn.proj.in_features // heads
-        kept = torch.tensor([h for h in range(heads) if h not in removed])
-        rows = (kept[:, None] * d + torch.arange(d)).flatten()  # of one of q, k, v
-        for name in ("q_proj", "k_proj", "v_proj", "gate"):
-            if getattr(attn, name, None) is not None:
-                _keep(getattr(attn, name), rows, 0)
-        if getattr(attn, "qkv", None) is not None:
-            _keep(attn.qkv, torch.cat([rows + i * heads * d for i in range(3)]), 0)
-        for name in ("q_bias", "k_bias", "v_bias"):
-            if (old := getattr(attn, name, None)) is not None:
-                new = old.detach()[rows.to(old.device)]
-                setattr(attn, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        _keep(attn.proj, rows, 1)
-        if attn.position is not None:  # tables of positions may know all the heads
-            before = attn.kept or range(heads)
-            attn.kept = [before[h] for h in kept.tolist()]
-        attn.num_heads, attn.attn_dim = len(kept), len(rows)
-
-
-def _keep(linear: nn.Linear, index: Tensor, axis: int) -> None:
-    """Keep these outputs (`axis` 0) or inputs (1) of a linear layer."""
-    index = index.to(linear.weight.device)
-    weight, bias = linear.weight, linear.bias
-    linear.weight = nn.Parameter(weight.detach().index_select(axis, index), weight.requires_grad)
-    if axis == 0 and bias is not None:
-        linear.bias = nn.Parameter(bias.detach()[index], bias.requires_grad)
-    linear.out_features, linear.in_features = linear.weight.shape
+            heads = range(cast(int, block.attn.num_heads))
+            if not set(removed) <= set(heads):
+                raise VitreousError(
+                    f"{self.name}: the plan removes heads {removed} of block '{block.name}', which has {len(heads)}"
+                )
+            cut_heads(block.attn, [h for h in heads if h not in removed], self.name, block.name)

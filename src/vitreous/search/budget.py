@@ -69,18 +69,28 @@ def _error(interval: Interval) -> float:
 @dataclass(frozen=True)
 class Goal:
     """What is asked for: at most `budget` lost (None: the criterion's default), and, if given, at least `speedup` times as fast
-    as the original in torch, at most `latency` milliseconds an image at batch 1, at most `megabytes` on disk."""
+    as the original in torch, at most `latency` milliseconds an image, at most `megabytes` on disk, at most `macs`
+    multiply-accumulates an image, at most `memory` megabytes to run a batch (weights, and activations as torch holds them).
+    `batch`: images at once, for times and memory; None for 1 and 16, of which limits hold at 1."""
 
     budget: float | None = None
     speedup: float | None = None
     latency: float | None = None
     megabytes: float | None = None
+    macs: float | None = None
+    memory: float | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "speedup", "latency", "megabytes"):
+        for name in ("budget", "speedup", "latency", "megabytes", "macs", "memory", "batch"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf or (name == "budget" and value == 0)):
                 raise VitreousError(f"{name}={value:g}: must be above 0 and finite")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes to time, the one that limits hold at first."""
+        return (1, 16) if self.batch is None else (self.batch,)
 
     @property
     def targets(self) -> str:
@@ -88,6 +98,8 @@ class Goal:
             (self.speedup, "{:g} times the speed"),
             (self.latency, "{:g} ms an image"),
             (self.megabytes, "{:g} MB"),
+            (self.macs, "{:g} MACs"),
+            (self.memory, "{:g} MB of memory"),
         )
         return ", ".join(text.format(value) for value, text in asked if value is not None)
 

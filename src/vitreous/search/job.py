@@ -86,7 +86,7 @@ class Job:
         else:
             options = {"the recipe": self._made(net, recipe, images.calibrate, learn_from)}
         tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
-        trials, shipments = exported(options, self.folder, tried, self.threads, self.progress, self.log)
+        trials, shipments = exported(options, self.folder, tried, self.threads, self.goal, self.progress, self.log)
         timed(trials, net, tried, self.goal, self.progress)
         for i, trial in enumerate(trials if judge else ()):
             self.progress("what the shipped files lose", i / len(trials))

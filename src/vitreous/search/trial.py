@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from ..errors import VitreousError
 from ..processor import multiplies_bf16
 from ..prove import interleave
+from ..prove.cost import cost
 from ..ship import Runtime, Shipment, ship_all
 from .budget import Goal, Loss
 
-BATCHES = (1, 16)
 SECONDS = 6.0
 
 
 @dataclass
 class Trial:
-    """One option in one runtime: milliseconds an image at each of `BATCHES`, and what it loses (None: not asked)."""
+    """One option in one runtime: milliseconds an image at each of the goal's batches, and what it loses (None: not asked)."""
 
     option: str
     path: Path
@@ -31,6 +31,8 @@ class Trial:
     times: tuple[float, ...] = ()
     speedups: tuple[float, ...] = ()
     lost: Loss | None = None
+    macs: int | None = None  # of an image, and bytes to run a batch: counted where they are asked for
+    memory: int | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +52,17 @@ class Trial:
             (goal.speedup is None or self.speedup >= goal.speedup)
             and (goal.latency is None or self.times[0] <= goal.latency)
             and (goal.megabytes is None or self.runtime.bytes <= goal.megabytes * 1e6)
+            and (goal.macs is None or (self.macs is not None and self.macs <= goal.macs))
+            and (goal.memory is None or (self.memory is not None and self.memory <= goal.memory * 1e6))
         )
+
+    def cost(self, goal: Goal) -> float:
+        """What is to be small: the one thing that has a limit where it is no time, else time."""
+        if goal.speedup is None and goal.latency is None:
+            for limit, value in ((goal.megabytes, self.runtime.bytes), (goal.macs, self.macs), (goal.memory, self.memory)):
+                if limit is not None and value is not None:
+                    return float(value)
+        return self.time
 
     def keeps(self, goal: Goal) -> bool:
         return self.lost is None or self.lost.within(goal.allowed(self.lost.criterion))
@@ -61,6 +73,7 @@ def exported(
     folder: Path,
     images: Tensor,
     threads: int | None,
+    goal: Goal,
     progress: Callable[[str, float], None],
     notes: list[str],
 ) -> tuple[list[Trial], dict[str, list[Shipment]]]:
@@ -80,6 +93,9 @@ def exported(
         for path in paths:
             precision = "bf16" if path.suffix == ".xml" and multiplies_bf16() else None
             trials.append(Trial(option, path, precision, Runtime(path, threads=threads, precision=precision)))
+            if goal.macs is not None or goal.memory is not None:
+                costs = cost(option, model, images[np.arange(goal.batches[0]) % len(images)])
+                trials[-1].macs, trials[-1].memory = costs.macs, costs.memory
     if not trials:
         raise refused or VitreousError("there is nothing to ship")
     return trials, shipments
@@ -91,11 +107,11 @@ def timed(trials: list[Trial], net: nn.Module, images: Tensor, goal: Goal, progr
     if goal.speedup is not None:
         calls["original"] = net
     medians: dict[str, list[float]] = {name: [] for name in calls}
-    for i, batch in enumerate(BATCHES):
+    for i, batch in enumerate(goal.batches):
         x = images[np.arange(batch) % len(images)]
         runs = {name: (lambda call=call, x=x: call(x)) for name, call in calls.items()}
-        told = lambda done, i=i: progress("trying the ways to run it", (i + done) / len(BATCHES))
-        found = interleave(runs, seconds=SECONDS / len(BATCHES), tick=told)
+        told = lambda done, i=i: progress("trying the ways to run it", (i + done) / len(goal.batches))
+        found = interleave(runs, seconds=SECONDS / len(goal.batches), tick=told)
         for name, seconds in found.items():
             medians[name].append(float(np.median(seconds)) * 1000 / batch)
     for trial in trials:
@@ -115,11 +131,12 @@ def best(trials: list[Trial], goal: Goal, notes: list[str]) -> Trial:
     reaching = [t for t in within if t.reaches(goal)]
     if goal.targets and reaching:
         return min(reaching, key=lambda t: (t.lost.value if t.lost else 0.0, t.time))
-    smallest = goal.megabytes is not None and goal.speedup is None and goal.latency is None
-    chosen = min(within, key=lambda t: t.runtime.bytes if smallest else t.time)
+    chosen = min(within, key=lambda t: t.cost(goal))
     if goal.targets:
-        got = f"{chosen.times[0]:.2g} ms an image at batch 1, {chosen.runtime.bytes / 1e6:.1f} MB"
+        got = f"{chosen.times[0]:.2g} ms an image at batch {goal.batches[0]}, {chosen.runtime.bytes / 1e6:.1f} MB"
         got += f", {chosen.speedup:.2g} times the speed" if chosen.speedups else ""
+        got += f", {chosen.macs:.3g} MACs" if chosen.macs is not None else ""
+        got += f", {chosen.memory / 1e6:.1f} MB of memory" if chosen.memory is not None else ""
         notes.append(f"nothing within the budget reaches {goal.targets}: {chosen.name} comes closest, {got}")
     return chosen
 
