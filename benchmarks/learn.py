@@ -1,8 +1,12 @@
-"""What the training engine costs over a bare loop of PyTorch: the figures of docs/learn.md.
+"""The figures of docs/learn.md: each system beside its baseline, and what the engine costs over a bare loop of PyTorch.
 
+    python benchmarks/learn.py queue --data cifar10-jpeg --seconds 480    # folders train/ and test/; goes on where it stopped
+    python benchmarks/learn.py queue --data cifar10-jpeg --scale large --device cuda --processes 4
+    python benchmarks/learn.py tables                             # docs/results/learn.json into docs/learn.md
     python benchmarks/learn.py overhead --rounds 6 --steps 24     # ViT of DeiT-Ti's width and 6 blocks on 64 × 64 pictures
     python benchmarks/learn.py memory                             # peak of a process that trains, each way in one of its own
 
+The queue is the functions of benchmarks/lessons/, each with every seed: the first seed of all comes before the second of any.
 `overhead` takes turns: a round of one, a round of the other, in an order drawn anew; a step is timed from one to the next,
 the first two of a round left out. Each prints Markdown.
 """
@@ -10,19 +14,114 @@ the first two of a round left out. Each prints Markdown.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
+import re
 import resource
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
 
+import lessons
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from lessons.bench import QUEUE, SCALES, Bench
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous.prove.machine import describe
 from vitreous.prove.statistics import median_ratio
+
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "results" / "learn.json"
+_bench: Bench
+
+
+def _begin(data: Path | None, scale: str, device: str, kept: Path, threads: int) -> None:
+    global _bench
+    assert lessons
+    torch.set_num_threads(threads)
+    _bench = Bench(data, SCALES[scale], device, kept)
+
+
+def _run(name: str, seed: int) -> tuple[dict[str, dict[str, float]], float]:
+    began = time.monotonic()
+    return QUEUE[name].run(_bench, seed), time.monotonic() - began
+
+
+def queue(a: argparse.Namespace) -> None:
+    """Every experiment with every seed that the results have not yet, until `--seconds` are over."""
+    held: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
+    until = time.monotonic() + a.seconds
+    left = [(n, s) for s in range(a.seeds) for n in a.only or QUEUE if str(s) not in held.get(n, {}).get(a.scale, {})]
+    began = a.data, a.scale, a.device, a.kept, a.threads
+    Bench(*began[:1], SCALES[a.scale], "cpu", a.kept)  # pictures are read once, not by every process
+    took: dict[str, float] = {}
+    with ProcessPoolExecutor(a.processes, multiprocessing.get_context("spawn"), _begin, began) as pool:
+        running: dict[Any, tuple[str, int]] = {}
+        while left or running:
+            while left and len(running) < a.processes and time.monotonic() + took.get(left[0][0], 0) < until:
+                name, seed = left.pop(0)
+                running[pool.submit(_run, name, seed)] = name, seed
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                name, seed = running.pop(done)
+                arms, took[name] = done.result()
+                here = describe()
+                stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": a.device}
+                held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = {"arms": arms, "seconds": took[name], **stamp}
+                aside = a.results.with_suffix(".part")
+                aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+                os.replace(aside, a.results)
+                print(f"{name}, seed {seed}: {took[name]:.0f} s", flush=True)
+    print(f"{len(left)} left")
+
+
+def table(name: str, scale: str, runs: dict[str, Any]) -> str:
+    """Arms by figures, means over the seeds; the first figure against the baseline's, paired by seed, Student's t, 95 %."""
+    seeds = sorted(runs, key=int)
+    arms = runs[seeds[0]]["arms"]
+    figures = list(dict.fromkeys(k for arm in arms.values() for k in arm if k != "gradients"))
+    first, baseline = figures[0], QUEUE[name].baseline
+    values = {arm: {k: np.array([runs[s]["arms"][arm].get(k, np.nan) for s in seeds]) for k in figures} for arm in arms}
+    rows = [f"| | gradients | {first} % | Δ [95 %] | " + " | ".join(figures[1:]) + " |", "|---" * (3 + len(figures)) + "|"]
+    for arm, found in arms.items():
+        apart = values[arm][first] - values[baseline][first]
+        n, shown = len(seeds), "–"
+        if arm != baseline and not arm.startswith("("):
+            half = student_t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5 if n > 1 else float("nan")
+            shown = f"{apart.mean():+.1f} [{apart.mean() - half:+.1f}, {apart.mean() + half:+.1f}]"
+        cost = f"{found['gradients']:g} ×" if "gradients" in found else "–"
+        rest = " | ".join("–" if np.isnan(v := values[arm][k].mean()) else f"{v:.3g}" for k in figures[1:])
+        rows.append(f"| {arm} | {cost} | {values[arm][first].mean():.1f} | {shown} | {rest} |")
+    return "\n".join([*rows, "", f"{len(seeds)} seeds, scale `{scale}`, {stamp_of(runs)}."])
+
+
+def stamp_of(runs: dict[str, Any]) -> str:
+    dates = sorted({r["date"] for r in runs.values()})
+    where = ", ".join(sorted({r["cpu"] if r["device"] == "cpu" else r["device"] for r in runs.values()}))
+    versions = ", ".join(sorted({r["torch"] for r in runs.values()}))
+    return f"{where}, torch {versions}, {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+
+
+def tables(a: argparse.Namespace) -> None:
+    """Between `<!-- table NAME -->` and `<!-- end -->` of docs/learn.md; those that have no place there are printed."""
+    page = DOCS / "learn.md"
+    text = page.read_text()
+    for name, scales in json.loads(a.results.read_text()).items():
+        made = "\n\n".join(table(name, scale, runs) for scale, runs in scales.items())
+        place = re.compile(f"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.S)
+        if place.search(text):
+            text = place.sub(lambda m, made=made: m[1] + made + m[2], text)
+        else:
+            print(f"<!-- table {name} -->\n{made}\n<!-- end -->\n")
+    page.write_text(text)
 
 
 def student(size: int) -> nn.Module:
@@ -95,15 +194,29 @@ def memory(a: argparse.Namespace) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("overhead", "memory"))
+    whats = {"queue": queue, "tables": tables, "overhead": overhead, "memory": memory}
+    p.add_argument("what", choices=whats)
+    p.add_argument("--data", type=Path, help="class folders train/ and test/ of 32 × 32 pictures; drawn ones without")
+    p.add_argument("--scale", choices=SCALES, default="small")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--only", nargs="*", choices=QUEUE)
+    p.add_argument("--processes", type=int, default=2)
+    p.add_argument("--threads", type=int, default=1, help="of each process")
+    p.add_argument("--kept", type=Path, default=Path("runs/learn"), help="teachers, starts and pictures")
+    p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--rounds", type=int, default=6)
     p.add_argument("--steps", type=int, default=24)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--size", type=int, default=64)
     a = p.parse_args()
-    {"overhead": overhead, "memory": memory}[a.what](a)
-    here = describe()
-    print(f"\n{here['cpu']}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}, seed 0, torch {torch.__version__}")
+    whats[a.what](a)
+    if a.what in ("overhead", "memory"):
+        here = describe()
+        print(
+            f"\n{here['cpu']}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}, seed 0, torch {torch.__version__}"
+        )
 
 
 if __name__ == "__main__":
