@@ -74,7 +74,9 @@ class LearnedSoup(MergingRule):
             for x, y in kitchen.batches():
                 if y is None:
                     raise VitreousError("LearnedSoup needs labels on its held-out images")
-                logits = answer(functional_call(kitchen.model, mean_of(states, free.softmax(0)), (x,)))
+                mixed = mean_of(states, free.softmax(0))
+                mixed |= {k: mixed[k].detach() for k, _ in kitchen.model.named_buffers() if k in mixed}
+                logits = answer(functional_call(kitchen.model, mixed, (x,)))
                 loss = F.cross_entropy(beta.exp() * logits.float(), y)
                 optimiser.zero_grad()
                 loss.backward()
