@@ -11,6 +11,8 @@ from PIL import Image
 
 import vitreous as vt
 from vitreous.search import Goal, Job
+from vitreous.search.choose import Judge
+from vitreous.search.healed import healed_options
 from vitreous.search.split import to_heal
 
 FAST = dict(batch=16, augment=None, optimiser=vt.learn.AdamW(lr=2e-4))
@@ -99,8 +101,21 @@ def test_the_job_heals_before_integers(original, tmp_path):
         assert (small(x) - original(x)).norm() < (plain(x) - original(x)).norm()
     with pytest.raises(vt.VitreousError, match="integers come last"):
         job._made(original, vt.Recipe.parse("RepQ(), EViT()"), calibrate, learn_from)
-    with pytest.raises(vt.VitreousError, match="give --steps"):
-        job.run(original, None)
+
+
+def test_healing_allows_a_stronger_step(original, data):
+    """Without a recipe: a step that loses too much untrained is taken once it is taught, and left when teaching is no help."""
+    sample = vt.data.open_data("sample", original, limit=64)
+    judge, goal = Judge(original, sample), Goal(budget=2.0)
+    for taught, healed in ((lambda small: vt.heal(small, original, data, epochs=3, **FAST), True), (lambda small: small, False)):
+        log: list[str] = []
+        options = healed_options(original, judge, data[0][:16], goal, taught, lambda *_: None, log)
+        assert all("healed" in name for name in options) == healed, log
+        assert all(judge.loss(model).value <= 2.0 for model in options.values())
+        if healed:
+            tried = dict(line.split(": ") for line in log if ": " in line)
+            step = next(iter(options)).partition(", healed")[0]
+            assert "too much" not in tried[f"{step}, healed"] and judge.loss(vt.slim(original, step)).value > 2.0
 
 
 def test_images_to_heal_on_are_not_those_of_the_proof(original, tmp_path):

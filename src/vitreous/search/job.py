@@ -16,8 +16,10 @@ from ..learn import heal
 from ..prove import Picture, Proof, prove, write_report
 from ..ship import Runtime
 from ..steps import Recipe, history_of, slim
+from ..work import fingerprint
 from .budget import Goal, Loss
 from .choose import Chooser, Judge
+from .healed import healed_options
 from .split import split, to_heal
 from .trial import best, exported, kept, timed
 
@@ -55,8 +57,6 @@ class Job:
         """
         if self.threads:
             torch.set_num_threads(self.threads)
-        if self.heal and recipe is None:
-            raise VitreousError("--heal teaches what given steps made: give --steps or --recipe too, as --steps 'EViT(), RepQ()'")
         self.progress("opening the data", 0.0)
         images = split(
             self.source,
@@ -81,8 +81,12 @@ class Job:
             assert images.choose is not None
             self.progress("running the original", 0.0)
             judge = Judge(net, images.choose)
-            chooser = Chooser(net, judge, images.calibrate, self.goal, self.progress, self.log)
-            options = chooser.options()
+            given = net, judge, images.calibrate, self.goal
+            if learn_from is not None:
+                taught = lambda small: self._healed(small, net, learn_from)
+                options = healed_options(*given, taught, self.progress, self.log)
+            else:
+                options = Chooser(*given, self.progress, self.log).options()
         else:
             options = {"the recipe": self._made(net, recipe, images.calibrate, learn_from)}
         tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
@@ -117,8 +121,13 @@ class Job:
         if late := [s.name for s in recipe.steps[first:] if s.family != "quant"]:
             raise VitreousError(f"with --heal integers come last: put {late[0]} before {recipe.steps[first].name}")
         small = slim(net, recipe.steps[:first], calibrate, self.progress, self.resume)
-        run = None if self.resume is None else self.resume / "heal"
-        small = heal(
+        return slim(self._healed(small, net, learn_from), recipe.steps[first:], calibrate, self.progress, self.resume)
+
+    def _healed(self, small: nn.Module, net: nn.Module, learn_from: Data) -> nn.Module:
+        steps = ", ".join(str(s) for s in history_of(small).steps())
+        run = None if self.resume is None else self.resume / "heal" / fingerprint(steps)[:12]
+        self.notes.append(f"{steps}: healed for {self.heal:g} epochs on {len(learn_from)} images, none of which it is proven on")
+        return heal(
             small,
             net,
             learn_from,
@@ -129,8 +138,6 @@ class Job:
             out=run,
             progress=lambda line, share: self.progress("healing", share),
         )
-        self.notes.append(f"healed for {self.heal:g} epochs on {len(learn_from)} images, none of which it is proven on")
-        return slim(small, recipe.steps[first:], calibrate, self.progress, self.resume)
 
     def _proof(self, net: nn.Module, small: nn.Module, runtime: Runtime, data: Data) -> Proof:
         models: dict[str, Any] = {"original": net, "slimmed": small, "shipped": runtime}
