@@ -84,7 +84,8 @@ class TestEveryStep:
         small = step.apply(original, calibration)
         # OpenVINO's CPU plugin has no 64-bit integers, of which I-ViT is made.
         shipment = vt.ship(small, tmp_path / f"m.{'onnx' if step.name == 'quant.IViT' else 'xml'}", example=calibration[:4])
-        assert shipment.parity.agreement >= 0.75
+        agreement = shipment.parity.agreement  # None for features, which `ship` compares by their numbers
+        assert step.name == "adapt.Embed" if agreement is None else agreement >= 0.75
 
     @pytest.mark.parametrize("partner", PARTNERS, ids=str)
     @pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
@@ -96,7 +97,10 @@ class TestEveryStep:
             small = slim(original, order, calibration)
         except vt.VitreousError as reason:
             assert len(str(reason)) > 40
-            assert step.family == partner.family or {step.family, partner.family} == {"prune", "quant"}
+            families = (step.family, partner.family)
+            late = not first and step.family == "adapt" and partner.family in ("tokens", "quant")
+            places = step.name == "adapt.HST" and partner.family == "tokens"  # its side network reads patches in their grid
+            assert step.family == partner.family or set(families) == {"prune", "quant"} or late or places
             return
         assert [s.name for s in history_of(small).steps()] == [s.name for s in order]
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """Vitreous makes vision transformers clear, small and fast."""
 
-from . import data, learn, models, prune, quant, see, tokens
+from . import adapt, data, learn, models, prune, quant, see, tokens
 from .anatomy import read
 from .blocks import traced
 from .errors import VitreousError
@@ -21,6 +21,7 @@ __all__ = [
     "Shipment",
     "Step",
     "VitreousError",
+    "adapt",
     "data",
     "faithfulness",
     "glass",

@@ -105,32 +105,42 @@ class PlainAttention(nn.Module):
         look: bool = False,
         fuse: Callable[[Tensor], Fused] | None = None,
         turn: Turn | None = None,
+        beside: int = 0,
     ) -> Any:
         """The output; with `look` also the queries and keys `[B, heads, N, d]`. `bias` is added to the scaled scores, and `turn`
         turns queries and keys.
 
         With `fuse` the output is that of fewer tokens, `[B, N', C]`: it is shown the probabilities `[B, heads, N, N]`, and the
-        values are made from the tokens that it leaves.
+        values are made from the tokens that it leaves. The last `beside` tokens of `x` are read and ask nothing: they have keys
+        and values alone, and no place.
         """
+        n = x.shape[1] - beside
+        if beside:
+            bias = None if bias is None else F.pad(bias, (0, beside))
+            turn = None if turn is None else turn.unmoved(beside)
         if fuse is not None:
-            return self._fused(x, bias, fuse, turn)
+            return self._fused(x, n, bias, fuse, turn)
         q, k, v = project(self, x, turn)
+        q = q[:, :, :n]
         if self.operands is None:
             p = self._drop_rate()
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=cast(float, self.scale))
         else:
             mixed = self._mix(self._probabilities(q, k, bias), v)
-        y = emit(self, mixed, x)
-        return (y, q, k) if look else y
+        y = emit(self, mixed, x[:, :n])
+        return (y, q, k[:, :, :n]) if look else y
 
-    def _fused(self, x: Tensor, bias: Tensor | None, fuse: Callable[[Tensor], Fused], turn: Turn | None) -> Tensor:
+    def _fused(self, x: Tensor, n: int, bias: Tensor | None, fuse: Callable[[Tensor], Fused], turn: Turn | None) -> Tensor:
         q, k = _queries_and_keys(self, x)
-        probs = self._probabilities(turned(q, turn), turned(k, turn), bias)
-        tokens, merge, spread = fuse(probs)
+        probs = self._probabilities(turned(q, turn)[:, :, :n], turned(k, turn), bias)
+        tokens, merge, spread = fuse(probs[..., :n])
         left = tokens.x
         # A map with its columns summed and its rows averaged, times new values, is the map as it was, times the values spread
         # over the old tokens, its rows averaged after. So the map itself is never rearranged.
-        mixed = self._mix(probs, _to_heads(self, spread(_values(self, left))))
+        v = spread(_values(self, left))
+        if n < x.shape[1]:
+            v = torch.cat([v, _values(self, x[:, n:])], 1)
+        mixed = self._mix(probs, _to_heads(self, v))
         return emit(self, _to_heads(self, merge(mixed.transpose(1, 2).flatten(2))), left)
 
     def _drop_rate(self) -> float:
@@ -157,6 +167,9 @@ class PlainBlock(nn.Module):
     - "after" the MLP: the same;
     - "ahead", between the softmax and the values: `(tokens, probs, block)`, to a `Fused`.
 
+    `prompts` `[P, C]`, where they are set, are tokens that live in this block alone: they enter it with the others, are attended
+    to, and are dropped at its end. Nobody reads what becomes of them, so they have keys and values and nothing else.
+
     `last` is the block after which the model goes on with a plain tensor.
     """
 
@@ -167,6 +180,7 @@ class PlainBlock(nn.Module):
             self.attn = PlainAttention(cast(nn.Module, self.attn), position)
         self.name, self.last = name, last
         self.reducers = nn.ModuleList()
+        self.prompts: nn.Parameter | None = None
         self.train(block.training)
 
     def forward(self, x: Tensor | Tokens, *mask: Any, **given: Any) -> Tensor | Tokens:
@@ -179,9 +193,9 @@ class PlainBlock(nn.Module):
                 tokens, merge, spread = ahead[0](tokens, probs, self)
                 return tokens._replace(x=norm1(tokens.x)), merge, spread
 
-            y = self.attn(norm1(tokens.x), bias, fuse=fuse, turn=turn)
+            y = self.attn(norm1(self._prompted(tokens.x)), bias, fuse=fuse, turn=turn, **self._beside())
         else:
-            y, q, k = self.attn(norm1(tokens.x), bias, look=True, turn=turn)
+            y, q, k = self.attn(norm1(self._prompted(tokens.x)), bias, look=True, turn=turn, **self._beside())
         tokens = tokens._replace(x=tokens.x + branch(self, 1, y))
         for reducer in self._reducers("between"):
             tokens = reducer(tokens, q, k, bias, self)
@@ -209,6 +223,12 @@ class PlainBlock(nn.Module):
             tokens = tokens._replace(place=torch.arange(n, device=tokens.x.device).expand(tokens.x.shape[0], -1))
         counted = tokens.bias()
         return tokens, turn, counted if bias is None else bias if counted is None else bias + counted
+
+    def _prompted(self, x: Tensor) -> Tensor:
+        return x if self.prompts is None else torch.cat([x, self.prompts.expand(x.shape[0], -1, -1)], 1)
+
+    def _beside(self) -> dict[str, int]:
+        return {} if self.prompts is None else {"beside": self.prompts.shape[-2]}
 
     def _reducers(self, place: str) -> list[nn.Module]:
         return [r for r in self.reducers if getattr(r, "place", "between") == place]

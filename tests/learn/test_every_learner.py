@@ -23,9 +23,13 @@ SLIMMED = {
     "Connectivity": vt.tokens.Sparsifiner(budget=0.5),
     "SparsifinerDistillation": vt.tokens.Sparsifiner(budget=0.5),
     "KeepRate": vt.tokens.EViT(keep=0.7, at=(1,)),
+    "SemanticProxies": [vt.adapt.VPT(prompts=2), vt.adapt.Embed(dims=8)],
+    "PHReg": vt.adapt.Registers(count=2),
 }
-WITHOUT_LOSS = ("EWA", "KeepRate")
-FOR_PLAIN = ("AlignToTable", "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", *SLIMMED)
+WITHOUT_LOSS = ("EWA", "KeepRate", "SlimFit")
+FOR_PLAIN = (
+    "AlignToTable", "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "SlimFit", *SLIMMED
+)  # fmt: skip
 
 
 def student(name: str) -> nn.Module:
@@ -42,6 +46,8 @@ def student(name: str) -> nn.Module:
 def made(name: str) -> vt.learn.Objective:
     if name == "AlignToTable":
         return vt.learn.AlignToTable(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+    if name == "SemanticProxies":
+        return vt.learn.SemanticProxies(classes=4)
     fields = REGISTRY[name].__dataclass_fields__
     return REGISTRY[name](**({"teacher": vit(patch_size=4)} if "teacher" in fields else {}))
 

@@ -15,13 +15,17 @@ from support import golden as of_a_model
 import vitreous as vt
 from vitreous.learn.align import alignment
 from vitreous.learn.arbex import ReliabilityBalance, anchor_loss, centre_loss
+from vitreous.learn.compressed import FrozenNorm, Gelu, Linear, Mix
 from vitreous.learn.g2sd import generic
 from vitreous.learn.long_tail import deit_lt, effective_weights, exponential_counts
 from vitreous.learn.merging import Kitchen
 from vitreous.learn.nkd import nkd, uskd
+from vitreous.learn.ph_reg import denoised, farthest, losses, make_views
 from vitreous.learn.sam import ascend
 from vitreous.learn.scalekd import CrossAttentionProjector, mimic, without_dc
+from vitreous.learn.semantic_proxies import SmallGRU, accumulate, proxy_loss
 from vitreous.learn.sgd_sai import SGDSaIOptimizer
+from vitreous.learn.slimfit import active, change
 from vitreous.models import load_official
 from vitreous.models.masked_autoencoder import sine_cosine
 
@@ -240,3 +244,82 @@ def test_arbex():
     (ce + k["trust"] * (k["lambda_mu"] * apart + k["lambda_center"] * centre)).backward()
     for leaf, name in ((e, "embeddings"), (z, "logits"), (balance.anchors, "anchors")):
         near(leaf.grad, g[f"grad_{name}"], 1e-9)
+
+
+def test_ph_reg():
+    info, g = golden("ph-reg--views6_grid8")
+    k = info["kwargs"]
+    chosen = farthest(g["pool"], k["views"], int(g["chosen"][0]))
+    assert torch.equal(chosen, g["chosen"])
+    offsets, flips = g["pool"][chosen].int(), g["flips"].bool()
+    offsets[0] = 0
+    assert torch.equal(offsets, g["offsets"])
+    white = torch.tensor([(1 - m) / s for m, s in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))], dtype=torch.float64)
+    assert (make_views(g["image"], offsets, flips, (k["patch"],) * 2, white) - g["views"]).abs().max() < 1e-6
+    near(denoised(g["features"], offsets, flips).flatten(0, 1), g["target"], 1e-10)
+    student = g["student"].requires_grad_()
+    cosine, error = losses(student, g["target"][None])
+    (cosine + error).backward()
+    near(cosine.detach(), g["loss_cosine"], 1e-8)  # theirs has a small number under its division
+    near(error.detach(), g["loss_mse"], 1e-10)
+    near(student.grad, g["grad_student"], 1e-7)
+
+
+def test_semantic_proxies():
+    info, g = golden("vpt-metric--anchor_gru_relu")
+    k = info["kwargs"]
+    cell = SmallGRU(8).double()
+    with torch.no_grad():
+        for name, p in cell.named_parameters():
+            p.copy_(g[f"gru_{name}"])
+    embeddings, free = g["embeddings"].requires_grad_(), g["bias"].requires_grad_()
+    container = accumulate(cell, g["container"], g["semantic"], g["label"])
+    near(container.detach(), g["container_after"], 1e-10)
+    proxies = k["proxy_bias_ratio"] * free + (1 - k["proxy_bias_ratio"]) * container
+    near(proxies.detach(), g["proxies_all"], 1e-10)
+    loss = proxy_loss(embeddings, proxies, g["label"], k["alpha"], k["pos_delta"])
+    loss.backward()
+    near(loss.detach(), g["loss"], 1e-10)
+    near(embeddings.grad, g["grad_embeddings"], 1e-9)
+    near(free.grad, g["grad_bias"], 1e-9)
+    for name, p in cell.named_parameters():
+        near(p.grad, g[f"grad_gru_{name}"], 1e-9)
+
+
+def test_slimfit_backward():
+    _, g = golden("slimfit--backward_and_schedule")
+    leaf = lambda name: g[name].clone().requires_grad_()
+    x = leaf("x")
+    y = Gelu.apply(x, False)
+    near(y.detach(), g["gelu"], 1e-12)
+    near(torch.autograd.grad(y, x, g["grad_out"])[0], g["gelu_grad"], 1e-9)
+    bias = leaf("ln_bias")
+    y = FrozenNorm.apply(x, g["ln_weight"], bias, 1e-6)
+    near(y.detach(), g["ln_frozen"], 1e-5)
+    grads = torch.autograd.grad(y, (x, bias), g["grad_out"])
+    near(grads[0], g["ln_frozen_grad"], 1e-9)
+    near(grads[1], g["ln_frozen_grad_bias"], 1e-9)
+    scores, values = leaf("scores"), leaf("values")
+    y = Mix.apply(scores, values, False)
+    near(y.detach(), g["context"], 1e-12)
+    for ours, name in zip(torch.autograd.grad(y, (scores, values), g["grad_context"]), ("scores", "values"), strict=True):
+        near(ours, g[f"grad_{name}"], 1e-9)
+    weight = leaf("lin_weight")
+    y = Linear.apply(x, weight, g["lin_bias"], False)
+    near(y.detach(), g["lin"], 1e-12)
+    for ours, name in zip(torch.autograd.grad(y, (x, weight), g["grad_lin"]), ("x", "weight"), strict=True):
+        near(ours, g[f"lin_grad_{name}"], 1e-9)
+
+
+def test_slimfit_schedule():
+    info, g = golden("slimfit--backward_and_schedule")
+    sizes = [int(np.prod(shape)) for shape in info["kwargs"]["layers"]]
+    weights, scores = list(g["sched_w0"].clone().split(sizes)), g["sched_scores"][0].clone()
+    for t, deltas in enumerate(g["sched_delta"]):
+        chosen = active(scores, info["kwargs"]["frozen"])
+        assert chosen.tolist() == sorted(g["sched_active"][t].tolist())
+        for i in chosen.tolist():
+            moved = weights[i] + deltas.split(sizes)[i]
+            scores[i] = change(weights[i], moved)
+            weights[i] = moved
+        near(scores, g["sched_scores"][t + 1], 1e-9)

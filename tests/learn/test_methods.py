@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -168,3 +171,59 @@ def test_batch_norms_are_counted_anew_and_integers_copied():
     x, y = pictures()
     merged = vt.merge([make(), make()], vt.learn.UniformSoup(), data=(x, y))
     assert torch.allclose(merged[1].running_mean, merged[0](x).mean((0, 2, 3)), atol=1e-5)
+
+
+def kept_for_backward(objective: vt.learn.SlimFit | None, model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of activations that one forward pass keeps for the backward pass."""
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.data_ptr() not in weights:
+            kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    now = vt.learn.Now(model, parts=objective.parts(model) if objective else None)
+    if objective:
+        objective.before_step(now)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), objective.around(now) if objective else nullcontext():
+        loss = model(x).sum()  # kept alive: a freed tensor's place is used again
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+def test_slimfit_keeps_less_and_moves_few():
+    model, (x, y) = vit(depth=4).train(), pictures()
+    full = kept_for_backward(None, model, x)
+    frozen = kept_for_backward(vt.learn.SlimFit(frozen=0.9, compress=False), copy.deepcopy(model), x)
+    small = kept_for_backward(vt.learn.SlimFit(frozen=0.9), copy.deepcopy(model), x)
+    assert small < 0.6 * frozen < 0.6 * full
+    with torch.no_grad():
+        exact = model(x)
+    objective = vt.learn.SlimFit(frozen=0.9)
+    now = vt.learn.Now(model, parts=objective.parts(model))
+    with objective.around(now):
+        assert torch.allclose(model(x), exact, atol=1e-6)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    one = vt.train(model, (x[:16], y[:16]), [vt.learn.CrossEntropy(), objective], epochs=1, warmup=0, **QUICK)
+    units = now.parts.units
+    moved = [n for n in units if not torch.equal(one.get_parameter(n), before[n])]
+    assert len(moved) == len(units) - int(0.9 * len(units))
+    assert not torch.equal(one.head.weight, before["head.weight"]) and all(p.requires_grad for p in one.parameters())
+    taught = vt.train(model, (x, y), [vt.learn.CrossEntropy(), vt.learn.SlimFit(frozen=0.5)], epochs=12, **QUICK)
+    assert (taught(x).argmax(1) == y).float().mean() > 0.6
+
+
+def test_slimfit_goes_on_where_it_stopped(tmp_path):
+    data, teach = pictures(), [vt.learn.CrossEntropy(), vt.learn.SlimFit(frozen=0.7)]
+    whole = vt.train(vit(), data, teach, epochs=3, **QUICK)
+    given = dict(epochs=3, every=0.0, out=tmp_path / "run", **QUICK)
+
+    def stop(line: str, share: float) -> None:
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vt.train(vit(), data, teach, progress=stop, **given)
+    again = vt.train(vit(), data, teach, **given)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))

@@ -23,6 +23,11 @@ class Turn(NamedTuple):
     sin: Tensor
     half: bool  # channel i is paired with i + head_dim/2, else 2i with 2i + 1
 
+    def unmoved(self, more: int) -> Turn:
+        """The same, for a sequence that ends with so many tokens more, which have no place."""
+        widen = lambda t, value: F.pad(t, (0, 0, 0, more), value=value)
+        return Turn(widen(self.cos, 1.0), widen(self.sin, 0.0), self.half)
+
 
 def turned(x: Tensor, turn: Turn | None) -> Tensor:
     """Queries or keys `[B, heads, N, head_dim]`, each token's turned by its angles (Su et al., "RoFormer", 2021, eq. 34)."""

@@ -22,6 +22,7 @@ def train(
     out: Annotated[Path, typer.Option(help="folder of the run; an unfinished one goes on")] = Path("runs/train"),
     teacher: Annotated[str | None, typer.Option(help="timm name or saved model to learn from")] = None,
     teacher_checkpoint: Annotated[Path | None, typer.Option(help="local weights for --teacher")] = None,
+    steps: Annotated[str | None, typer.Option(help='applied first, as "VPT(prompts=10)"; what they freeze stays')] = None,
     objective: Annotated[
         str | None, typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" (default: CrossEntropy(), and KD() of a teacher)')
     ] = None,
@@ -52,11 +53,15 @@ def train(
     from ..learn import SAM, written
     from ..learn import train as teach
     from ..learn.engine import accuracy_on
+    from ..outputs import embeds
+    from ..steps import Recipe, slim
     from ..terminal import console
 
     if model in timm.list_models() and opening.num_classes is None and opening.checkpoint is None:
         opening = replace(opening, num_classes=len(class_names(source.data, source.download)))
     net = opening.open(model)
+    if steps is not None:
+        net = slim(net, Recipe.parse(steps))
     taught_by = store.open_model(teacher, checkpoint=teacher_checkpoint) if teacher is not None else None
     chosen = written.objectives(objective or ("CrossEntropy()" if taught_by is None else "CrossEntropy(), KD()"), taught_by)
     base = written.optimiser(optimiser)
@@ -95,5 +100,6 @@ def train(
         except KeyboardInterrupt:
             raise VitreousError(f"stopped; to go on: {shlex.join(['vitreous', *sys.argv[1:]])}") from None
     accuracy = accuracy_on(taught, check)
-    said = "" if accuracy is None else f", {100 * accuracy:.2f} % of {len(check)} images right"
+    what = "find one of their class" if embeds(taught, check.tensor([0]).to(next(taught.parameters()))) else "right"
+    said = "" if accuracy is None else f", {100 * accuracy:.2f} % of {len(check)} images {what}"
     print(f"written to {out}: {', '.join(sorted(p.name for p in out.iterdir() if not p.name.startswith('.')))}{said}")

@@ -17,10 +17,14 @@ from .objective import Batch, Now, Objective, Seen, objective
 from .opcm import OPCM
 from .optimisers import SGD, AdamW, Lion, Optimiser, SGDSaI
 from .patch_mixing import PatchMixing, replacement_curve
+from .ph_reg import PHReg
+from .retrieval import retrieval
 from .sam import SAM
 from .scalekd import ScaleKD
 from .schedule import keep_rate, set_keep
+from .semantic_proxies import SemanticProxies
 from .sharpness import largest_eigenvalue, neighbourhood_loss
+from .slimfit import SlimFit
 from .soups import GreedySoup, LearnedSoup, UniformSoup
 from .sparsifiner import connectivity_loss, predictor_parameters, sparsifiner_distillation
 
@@ -53,10 +57,13 @@ __all__ = [
     "Now",
     "Objective",
     "Optimiser",
+    "PHReg",
     "PatchMixing",
     "SGDSaI",
     "ScaleKD",
     "Seen",
+    "SemanticProxies",
+    "SlimFit",
     "SparsifinerDistillation",
     "SpecificDistillation",
     "TokenReductionConsistency",
@@ -74,6 +81,7 @@ __all__ = [
     "objective",
     "predictor_parameters",
     "replacement_curve",
+    "retrieval",
     "reverse_modules",
     "set_keep",
     "sparsifiner_distillation",

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import VitreousError
-from ..outputs import answer
+from ..outputs import answer, embeds
 from ..steps import refuse_nan
 from ..store.expects import class_names, expect
 from .augment import transform_for
@@ -31,6 +31,7 @@ from .batches import Batches, Pair, in_turn, planned, seed_everything
 from .classify import CrossEntropy
 from .objective import Batch, Now, Objective, Seen, look
 from .optimisers import AdamW, Optimiser
+from .retrieval import retrieval
 from .run import Run
 from .sam import SAM, ascend
 
@@ -50,8 +51,12 @@ class Lesson(nn.Module):
 
     def forward(self, batch: Batch, now: Now) -> tuple[Tensor, dict[str, Tensor], Seen]:
         seen = Seen(batch.images.new_zeros(0))
-        if self.wants:
-            seen = look(self.student, batch.images, self.wants, self.blocks, self.layers)
+        with ExitStack() as running:
+            for objective, parts in zip(self.objectives, self.parts, strict=True):
+                now.model, now.parts = self.student, parts
+                running.enter_context(objective.around(now))
+            if self.wants:
+                seen = look(self.student, batch.images, self.wants, self.blocks, self.layers)
         terms: dict[str, Tensor] = {}
         for objective, parts in zip(self.objectives, self.parts, strict=True):
             now.model, now.parts = self.student, parts
@@ -105,7 +110,8 @@ def train(
         ema: decay of an average of the weights, which is then what is checked and returned.
         clip: largest norm of the gradient; None for any.
         precision: Fabric's: "32-true", "bf16-mixed", "16-mixed", "bf16-true" …
-        check: labelled images on which accuracy is measured after each epoch; the best weights are kept in `out` too.
+        check: labelled images on which accuracy is measured after each epoch (where the model gives features, recall@1 among
+            them); the best weights are kept in `out` too.
         out: folder for checkpoints (every `every` seconds and after each epoch), curves and the result. If it holds an unfinished
             run of the same settings, that run goes on, to the same weights bit for bit.
         accelerator, devices: as Fabric's; under `torchrun` every process takes part (DDP).
@@ -168,7 +174,8 @@ def train(
         now = Now(student, gather=lambda x: _gather(fabric, x), teach=teachers)
         began, done_before = time.monotonic(), first
         saved = time.monotonic()
-        meter = Meter()
+        judges = not embeds(student.eval(), (data.tensor([0]) if isinstance(data, Data) else data[0][:1]).to(fabric.device))
+        meter = Meter(judges)
 
         def save(step: int) -> None:
             if run is not None:
@@ -187,7 +194,7 @@ def train(
             now.share, now.epoch = step / order.steps, step / order.steps_an_epoch
             schedule.step_update(step)
             lesson.train()
-            for o in objectives:
+            for o, now.parts in zip(objectives, lesson.parts, strict=True):
                 o.before_step(now)
 
             def gradients(meter: Meter | None, pieces: list[tuple[int, Batch]] = pieces, step: int = step) -> None:
@@ -213,7 +220,7 @@ def train(
             opt.step()
             if average is not None:
                 average.update(student)
-            for o in objectives:
+            for o, now.parts in zip(objectives, lesson.parts, strict=True):
                 o.after_step(now)
             done = step + 1
             if progress is not None and fabric.is_global_zero:
@@ -223,7 +230,7 @@ def train(
                 accuracy = accuracy_on(judged, check, order.size) if check is not None else None
                 if run is not None:
                     run.note(done / order.steps_an_epoch, meter, accuracy, opt.param_groups[0]["lr"], judged)
-                meter = Meter()
+                meter = Meter(judges)
             if run is not None and (done % order.steps_an_epoch == 0 or done == order.steps or time.monotonic() - saved > every):
                 save(done)
                 saved = time.monotonic()
@@ -245,9 +252,10 @@ def train(
 
 
 class Meter:
-    """Running means of the loss and its terms, and of accuracy where labels are class numbers or shares."""
+    """Running means of the loss and its terms, and of accuracy where labels are class numbers or shares and the model judges."""
 
-    def __init__(self) -> None:
+    def __init__(self, judges: bool) -> None:
+        self.judges = judges
         self.images, self.loss, self.right, self.judged = 0, 0.0, 0, 0
         self.terms: dict[str, float] = {}
 
@@ -258,7 +266,7 @@ class Meter:
         self.loss += float(loss) * n
         for name, term in terms.items():
             self.terms[name] = self.terms.get(name, 0.0) + float(term) * n
-        if batch.labels is not None and seen.logits.ndim == 2 and len(seen.logits) == n:
+        if self.judges and batch.labels is not None and seen.logits.ndim == 2 and len(seen.logits) == n:
             self.right += int((seen.logits.argmax(1) == batch.classes).sum())
             self.judged += n
 
@@ -296,8 +304,10 @@ class _Teachers:
 
 
 def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | None:
-    """Share of the labelled images of `data` that `model` gets right; None without labels."""
+    """Share of the labelled images of `data` that `model` gets right; of a model that gives features, recall@1 among them. None
+    without labels, and where no class has two images to find each other."""
     right = n = 0
+    features: list[tuple[Tensor, Tensor]] = []
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -306,9 +316,16 @@ def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | 
             if y is None:
                 return None
             logits = answer(model(x.to(device)))
+            if embeds(model, x.to(device)):
+                features.append((logits.cpu(), y.cpu()))
+                continue
             right += int((logits.argmax(1).cpu() == (y if y.ndim == 1 else y.argmax(1)).cpu()).sum())
             n += len(x)
     model.train(training)
+    if features:
+        found, labels = (torch.cat(t) for t in zip(*features, strict=True))
+        once = found.ndim != 2 or labels.ndim != 1 or len(labels.unique()) == len(labels)
+        return None if once else retrieval(found, labels, (1,))["recall@1"]
     return right / n
 
 

@@ -8,6 +8,7 @@ share it. Projectors and other parts that an objective needs (`parts`) are train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -103,11 +104,15 @@ class Objective:
         """Named scalar terms, already weighted: the loss is their sum."""
         raise VitreousError(f"{type(self).__name__} does not say what its loss is")
 
+    def around(self, now: Now) -> AbstractContextManager[Any]:
+        """Held open while the student runs, with this objective's `now.parts`: how a paper has its layers computed."""
+        return nullcontext()
+
     def before_step(self, now: Now) -> None:
-        """Called before each step of the optimiser: schedules that a paper owns."""
+        """Called before each step of the optimiser, with this objective's `now.parts`: schedules that a paper owns."""
 
     def after_step(self, now: Now) -> None:
-        """Called after each step of the optimiser."""
+        """Called after each step of the optimiser, with this objective's `now.parts`."""
 
     def __str__(self) -> str:
         shown = {k: f"<{type(v).__name__}>" if isinstance(v, nn.Module) else repr(v) for k, v in vars(self).items()}

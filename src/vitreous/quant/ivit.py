@@ -292,6 +292,8 @@ def why_not(block: PlainBlock) -> str:
         return f"it has a {type(block.norm1).__name__} where a LayerNorm is needed"
     if any(getattr(r, "place", "") == "ahead" for r in block.reducers):
         return "its tokens are fused inside the attention"
+    if block.prompts is not None or hasattr(block, "meta") or block._forward_pre_hooks:
+        return "tokens that it learnt join the others there"
     if not all(isinstance(getattr(mlp, n, None), nn.Linear) for n in ("fc1", "fc2")) or not hasattr(mlp, "act"):
         return "its MLP is not two linear layers"
     x = torch.linspace(-6, 6, 101, device=mlp.fc1.weight.device, dtype=mlp.fc1.weight.dtype)
