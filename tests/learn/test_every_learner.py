@@ -28,7 +28,8 @@ SLIMMED = {
 }
 WITHOUT_LOSS = ("EWA", "KeepRate", "SlimFit")
 FOR_PLAIN = (
-    "AlignToTable", "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "SlimFit", *SLIMMED
+    "AlignToTable", "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "SlimFit",
+    *SLIMMED,
 )  # fmt: skip
 
 

@@ -51,7 +51,8 @@ class Gelu(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        x = from_bits(*ctx.saved_tensors, ctx.shape).to(g.dtype)
+        kept, size = ctx.saved_tensors
+        x = from_bits(kept, size, ctx.shape).to(g.dtype)
         cdf, pdf = (1 + torch.erf(x / math.sqrt(2))) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         return g * (cdf + x * pdf), None
 
