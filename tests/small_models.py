@@ -79,6 +79,8 @@ SMALL: dict[str, Small] = {
         "dinat_s_tiny", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((1,), (2,), (1,), (1,)), kernel=3)
     ),
     "dinat isotropic": Small("dinat_isotropic_small", dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, kernel=3)),
+    "l2vit": Small("l2vit_tiny", dict(embed_dims=(16, 16, 16, 32), depths=(2, 1, 1, 1), num_heads=(1, 1, 1, 2))),
+    "patnet": Small("patnet_t0", dict(embed_dim=8, depths=(1, 1, 1, 1), feature_dim=32)),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",
