@@ -124,3 +124,16 @@ def test_linear_layers_under_other_names_are_quantized_too(make: Any, step: str,
     assert error(small, model, x) < 0.1
     again = vt.load(vt.save(small, tmp_path / "small.safetensors"), base=model)
     assert error(again, small, x) == 0
+
+
+def test_modules_named_stay_in_floats(x: Tensor, tmp_path: Path) -> None:
+    model = small_vit(depth=2)
+    whole, one = ("blocks.1", "patch_embed"), ("blocks.0.attn.qkv",)
+    for step in (vt.quant.Auto(floats=whole), vt.quant.RepQ(floats=whole), vt.quant.RepQ(floats=one)):
+        small = vt.slim(model, step, x)
+        left = {part.name for part in coverage(small, x).left}
+        assert left >= ({"blocks.1.mlp.fc1", "patch_embed.proj"} if step.floats is whole else {"blocks.0.attn.qkv"})
+        assert error(small, model, x) < 0.1, "what a layer of floats reads is what it read before"
+        assert error(vt.load(vt.save(small, tmp_path / "s.safetensors"), base=model), small, x) == 0
+    with pytest.raises(vt.VitreousError, match=r"'blocks\.7', in which there is no layer to quantize"):
+        vt.slim(model, vt.quant.Auto(floats=("blocks.7",)), x)

@@ -147,7 +147,7 @@ def test_the_command_writes_the_file_and_its_preparation(tmp_path: Path, monkeyp
     out = ["--out", str(tmp_path / "served" / "m.xml"), "--threads", "1"]
     status, said, _ = command(monkeypatch, capsys, "ship", *told, *out, "--batch", "1")
     assert status == 0 and "openvino fp32" in said
-    assert sorted(p.name for p in (tmp_path / "served").iterdir()) == ["m.bin", "m.xml", "preprocess.json"]
+    assert sorted(p.name for p in (tmp_path / "served").iterdir()) == ["labels.txt", "m.bin", "m.xml", "preprocess.json"]
     card = Runtime(tmp_path / "served" / "m.xml").card
     assert card["preprocess"] == json.loads((tmp_path / "served" / "preprocess.json").read_text())
     assert card["classes"] == ["owl", "fox"] and card["model"]["name"] == "vit_tiny_patch16_224"

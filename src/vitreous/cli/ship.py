@@ -30,12 +30,11 @@ def ship(
     overwrite: Annotated[bool, typer.Option(help="replace what exists")] = False,
 ) -> None:
     """Ship a model, slimmed or not, as one file; checked with images of --data where it is given, with noise otherwise."""
-    import json
-
     from ..errors import VitreousError
     from ..files import writable, write_whole
     from ..ship import ship as written
-    from ..ship.card import preprocess
+    from ..ship.card import beside
+    from ..ship.named import plain
     from ..ship.repository import ship_repository
 
     if (out is None) == (repository is None):
@@ -58,12 +57,13 @@ def ship(
         return
     assert out is not None
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name("preprocess.json")
-    told = json.dumps(preprocess(net), indent=1)
-    if not beside.exists() or beside.read_text() != told:
-        writable(beside, overwrite, "another folder in --out")
+    told = {out.with_name(file): text for file, text in beside(plain(net)).items()}
+    for file, text in told.items():
+        if not file.exists() or file.read_text() != text:
+            writable(file, overwrite, "another folder in --out")
     made = written(
         net, out, example=images, batch=batch, tolerance=tolerance, with_preprocessing=with_preprocessing, overwrite=overwrite
     )
-    write_whole(beside, told)
+    for file, text in told.items():
+        write_whole(file, text)
     print(made)

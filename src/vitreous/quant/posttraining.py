@@ -33,12 +33,14 @@ class PostTraining(Step):
     reduce_range: keep int8 weights (and keys) within −63 … 63. Kernels for x86 without VNNI add pairs of uint8·int8 in
         16 bits, which overflow otherwise (ONNX Runtime calls it reduce_range, NNCF overflow_fix). None: decided by the
         machine that quantizes, and stored with the model. Without effect on simulated models.
+    floats: names of modules that stay in floats with all inside them, as "blocks.11.mlp".
     """
 
     weights: int = 8
     activations: int = 8
     softmax: bool | None = None
     reduce_range: bool | None = None
+    floats: tuple[str, ...] = ()
 
     needs_calibration: ClassVar[bool] = True
     wide: ClassVar[bool] = True
@@ -89,7 +91,7 @@ class PostTraining(Step):
             raise VitreousError(f"{self.name} was given no calibration images: give at least one, 32 are usual")
         as_linears(model)
         reduce_range = saturates() if self.reduce_range is None else self.reduce_range
-        layers = survey(model, calibration[:1])
+        layers = self._without_floats(survey(model, calibration[:1]))
         bits = {name: list(pair) for name, pair in self.allot(model, calibration, layers).items()}
         return {"reduce_range": self.deployable and reduce_range, "layers": layers, "bits": bits}
 
@@ -99,6 +101,8 @@ class PostTraining(Step):
         usual = (self.weights, self.activations)
         for block in attention_blocks(model):
             name, own = f"{block.name}.attn", (self.activations, self.activations)
+            if inside(name, self.floats):
+                continue
             qk, av = (plan["bits"].get(f"{name}.{product}", own) for product in ("qk", "av"))
             block.attn.operands = self._operands(qk, av, limit).to(next(block.parameters()).device)
         for name, (reads, norm) in plan["layers"].items():
@@ -120,6 +124,18 @@ class PostTraining(Step):
             mixed = ", mixed by layer within that budget," if plan["bits"] else ""
             model.simulated = f"{bits}{mixed} are computed in floats: no runtime executes them"  # type: ignore[assignment]
 
+    def _without_floats(self, layers: dict[str, Read]) -> dict[str, Read]:
+        """A LayerNorm that a layer of floats reads too has to stay as it is."""
+        for name in self.floats:
+            if not any(inside(layer, (name,)) for layer in layers):
+                raise VitreousError(f"{self.name}: floats names '{name}', in which there is no layer to quantize")
+        kept = {norm for layer, (_, norm) in layers.items() if inside(layer, self.floats)}
+        return {
+            layer: (reads, "" if norm in kept else norm)
+            for layer, (reads, norm) in layers.items()
+            if not inside(layer, self.floats)
+        }
+
     def covers(self, model: nn.Module, calibration: Tensor | None) -> str:
         return str(coverage(model, calibration))
 
@@ -139,6 +155,11 @@ class PostTraining(Step):
 
 # What a layer reads: "norm", "act" or "", and the name of the LayerNorm of a plain block whose very output it is, or "".
 Read = tuple[str, str]
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module is one of `modules`, or in one."""
+    return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
 def survey(model: nn.Module, image: Tensor) -> dict[str, Read]:

@@ -15,17 +15,18 @@ from ..errors import VitreousError
 from ..learn import heal
 from ..prove import Picture, Proof, prove, write_report
 from ..ship import Runtime
+from ..ship.card import beside
 from ..steps import Recipe, history_of, slim
 from ..work import fingerprint
 from .budget import Goal, Loss
 from .choose import Chooser, Judge
 from .healed import healed_options
 from .split import split, to_heal
-from .trial import best, exported, kept, timed
+from .trial import Trial, best, exported, kept, timed
 
 PICTURES = 12
 HEAL_BATCH = 64
-SECONDS = 12.0  # of timing in the proof
+SECONDS = 8.0  # of timing in the proof
 QUICK = 2e9  # multiply-accumulates of an image up to which 64 at once are timed too
 
 
@@ -92,14 +93,13 @@ class Job:
         tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
         trials, shipments = exported(options, self.folder, tried, self.threads, self.goal, self.progress, self.log)
         timed(trials, net, tried, self.goal, self.progress)
-        for i, trial in enumerate(trials if judge else ()):
-            self.progress("what the shipped files lose", i / len(trials))
-            trial.lost = judge.loss(trial.runtime) if judge else None
-        chosen = best(trials, self.goal, self.notes)
+        chosen = best(trials, self.goal, self.notes, lambda trial: self._lost(judge, trial))
         self._too_few(images.choose, chosen.lost)
         small, runtime = options[chosen.option], kept(chosen, trials, shipments, self.folder, self.log)
         self.progress("writing files", 0.0)
         store.save_model(small, self.folder / "model.safetensors")
+        for name, text in beside(small).items():
+            (self.folder / name).write_text(text)
         proof = self._proof(net, small, runtime, data)
         self.progress("writing the report", 0.0)
         done = [str(s) for s in history_of(small).steps()[len(before) :]]
@@ -138,6 +138,10 @@ class Job:
             out=run,
             progress=lambda line, share: self.progress("healing", share),
         )
+
+    def _lost(self, judge: Judge | None, trial: Trial) -> Loss | None:
+        self.progress(f"what {trial.name} loses", 0.0)
+        return judge.loss(trial.runtime) if judge else None
 
     def _proof(self, net: nn.Module, small: nn.Module, runtime: Runtime, data: Data) -> Proof:
         models: dict[str, Any] = {"original": net, "slimmed": small, "shipped": runtime}

@@ -80,6 +80,17 @@ def texts(found: dict[str, Any]) -> dict[str, str]:
     return {name: json.dumps(found[name], ensure_ascii=False) for name in FIELDS if name in found}
 
 
+def beside(model: nn.Module) -> dict[str, str]:
+    """What lies beside a shipped file, name to text: `preprocess.json`, `labels.txt` (a class a line), `recipe.json` (what
+    `--recipe` takes); without what `model` does not say."""
+    found = card(model)
+    named = {"preprocess.json": found.get("preprocess"), "recipe.json": found["recipe"] or None}
+    files = {name: json.dumps(said, indent=1, ensure_ascii=False) for name, said in named.items() if said is not None}
+    if "classes" in found:
+        files["labels.txt"] = "".join(" ".join(c.split()) + "\n" for c in found["classes"])
+    return files
+
+
 def _configuration(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)

@@ -13,6 +13,8 @@ from torch import nn
 
 from ..errors import VitreousError
 from ..files import folder_aside
+from .card import beside
+from .named import plain
 from .runtime import Runtime
 from .shipment import Shipment, ship
 
@@ -26,8 +28,8 @@ def ship_repository(
     """`ship` into `folder/name/1/model.onnx` (or `.xml`), with what servers want beside it.
 
     `config.pbtxt` is for Triton, `folder/config.json` for OpenVINO Model Server, which reads both formats and is told the
-    precision that parity was measured in; `labels.txt` and `preprocess.json` where the model knows them. Other models of the
-    folder stay in its `config.json`. `how` is passed to `ship`.
+    precision that parity was measured in; `labels.txt`, `preprocess.json` and `recipe.json` where the model knows them. Other
+    models of the folder stay in its `config.json`. `how` is passed to `ship`.
 
     Raises `VitreousError` as `ship` does, and for a name that exists (without `overwrite`) or that is no name.
     """
@@ -44,10 +46,8 @@ def ship_repository(
             runtime = Runtime(made.path)
             card = runtime.card
             (aside / "config.pbtxt").write_text(_pbtxt(name, runtime, BACKENDS[ending], bool(card.get("classes"))))
-            if "classes" in card:
-                (aside / "labels.txt").write_text("".join(" ".join(c.split()) + "\n" for c in card["classes"]))
-            if "preprocess" in card:
-                (aside / "preprocess.json").write_text(json.dumps(card["preprocess"], indent=1))
+            for file, text in beside(plain(model)).items():
+                (aside / file).write_text(text)
             if target.exists():
                 shutil.rmtree(target)
             aside.rename(target)
