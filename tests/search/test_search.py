@@ -197,6 +197,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, goal: Goal, photos: Path, bad: tuple
     monkeypatch.setattr(judge, "keeps", keeps)
     monkeypatch.setattr(choose, "multiplies_bf16", lambda: True)
     monkeypatch.setattr(choose, "slim", lambda model, step, *_: Made(model, step))
+    monkeypatch.setattr(Chooser, "_in_part", lambda *_: {})
     return Chooser(net, judge, everything(data)[:4], goal, lambda what, share: None), tried
 
 
