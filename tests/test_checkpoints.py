@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+from families import FAMILIES
 from safetensors.torch import save_file
 from support import command
+from timm.models import save_for_hf
 from torch import nn
 
 import vitreous as vt
+from vitreous.outputs import answer
+from vitreous.store.checkpoints import read_safetensors
+from vitreous.store.record import read_record
 
 NAME = "vit_tiny_patch16_224"
 SMALL: dict[str, Any] = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8)
@@ -288,6 +293,45 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
         vt.open(tmp_path / "m", num_classes=3)
     (tmp_path / "m" / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"]}))
     with pytest.raises(vt.VitreousError, match="has no 'NoSuchModel'"):
+        vt.open(tmp_path / "m")
+
+
+def test_a_model_of_hugging_face_is_saved_whole(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    for name in ("HF ViT", "HF DINOv2, registers", "HF SigLIP", "HF DINOv3"):
+        model: Any = FAMILIES[name].make()
+        small = vt.slim(model, vt.tokens.EViT(keep=0.5)) if name != "HF DINOv3" else model
+        again = vt.load(vt.save(small, tmp_path / "s.safetensors"))
+        with torch.no_grad():
+            torch.testing.assert_close(answer(again(x)), answer(small(x)), atol=0, rtol=0, msg=name)
+    text = read_safetensors(tmp_path / "s.safetensors")[1]["vitreous"]
+    read_record(text, "s")
+    for harm, message in (('"hidden_size": "/etc"', "no plain value"), ('"use_backbone": 1', "none of its architecture's")):
+        with pytest.raises(vt.VitreousError, match=message):
+            read_record(text.replace('"hidden_size": 48', harm), "s")
+    for other in ("NoSuchModel", "TimmWrapperModel", "PreTrainedModel"):
+        with pytest.raises(vt.VitreousError, match="has no"):
+            read_record(text.replace("DINOv3ViTModel", other), "s")
+
+
+def test_a_folder_of_timm(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2).eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    told = dict(model_config={"label_names": ["owl", "fox"]}, model_args=dict(img_size=32, depth=1))
+    save_for_hf(model, tmp_path / "m", safe_serialization=True, **told)  # type: ignore[arg-type]
+    again: Any = vt.open(tmp_path / "m")
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    assert again.pretrained_cfg["mean"] == (0.1, 0.2, 0.3) and again.pretrained_cfg["label_names"] == ("owl", "fox")
+    with torch.no_grad():
+        assert torch.equal(vt.load(vt.save(again, tmp_path / "s.safetensors"))(x), model(x))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "model_args": {"checkpoint_path": "/etc/passwd"}}))
+    with pytest.raises(vt.VitreousError, match="makes timm read files"):
+        vt.open(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(vt.VitreousError, match=r"has no model\.safetensors and no"):
         vt.open(tmp_path / "m")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 import types
 import typing
@@ -16,6 +17,9 @@ from typing import Any
 from .errors import VitreousError
 
 MOST = 2**53  # beyond it a float does not hold each integer, and no parameter has a meaning
+WORD = re.compile(r"[\w.+-]{0,100}")
+LARGEST = 2**20  # of an argument of a model: image side, width, number of classes
+SHALLOW = 4  # how deep lists may lie in an argument
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -80,3 +84,12 @@ def fits(value: Any, hint: Any) -> bool:
 def named(hint: Any) -> str:
     """A type hint as people write it."""
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def plain(value: Any, depth: int = 0) -> bool:
+    """Whether an argument of a model is a word, a number of sensible size, or a short list of such."""
+    if isinstance(value, list | tuple):
+        return depth < SHALLOW and len(value) <= 64 and all(plain(v, depth + 1) for v in value)
+    if isinstance(value, str):
+        return WORD.fullmatch(value) is not None
+    return value is None or isinstance(value, bool) or (fits(value, int | float) and abs(value) <= LARGEST)

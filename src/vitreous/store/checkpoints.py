@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..files.archives import refuse_bomb
+from ..schema import plain
 from .expects import INTERPOLATIONS
-from .record import arguments, plain
+from .record import arguments
 
 SCALAR: Any = np.float64(0).__reduce__()[0]  # what makes a pickled number again
 # Plain values that training scripts keep beside the weights; of everything else nothing is unpickled.

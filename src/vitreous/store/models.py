@@ -26,7 +26,7 @@ from ..steps import History, history_of, refuse_nan, remember
 from ..work import fingerprint
 from .checkpoints import Checkpoint, as_built, fill, read, read_safetensors, trained_as
 from .expects import class_names, expect, expectations, restore
-from .hugging_face import open_folder
+from .hugging_face import PREFIX, base_of, built, open_folder, timm_folder
 from .record import HUBS, NEVER, affordable, arguments, read_record, refuse_hub, refuse_reading
 
 BUNDLED = "vit_fashion"
@@ -82,9 +82,14 @@ def _opened(
     if model is not None and (Path(model) / "config.json").is_file():
         if kwargs or checkpoint is not None:
             raise VitreousError(f"{model} is built as its config.json says: leave {', '.join(kwargs) or 'checkpoint'} out")
+        if (found := timm_folder(Path(model))) is not None:
+            name, weights, arguments_of, expected = found
+            opened, notes = _opened(name, False, weights, arguments_of)
+            expect(opened, **expected)
+            return opened, notes
         opened = open_folder(Path(model))
         refuse_nan(opened)
-        return opened, []
+        return remember(opened, History(base_of(opened))), []
     if model is not None and (Path(model).suffix in FILES or Path(model).is_file()) and not timm.is_model(str(model)):
         if Path(model).suffix == ".safetensors" and (not Path(model).is_file() or KEY in read_safetensors(Path(model))[1]):
             if kwargs or checkpoint is not None:
@@ -152,6 +157,8 @@ def about(model: nn.Module) -> list[str]:
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if name.startswith(PREFIX):
+        return built(name, kwargs)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm and the hub raise many kinds; the user needs the reason, not the stack
@@ -172,7 +179,8 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
         raise VitreousError(f"save writes safetensors: name the file {path.with_suffix('.safetensors').name}, not {path.name}")
     history = history_of(model)
     steps = [{**s.to_dict(), "plan": plan} for s, plan in history.done]
-    about = {"base": history.base, "steps": steps, "expects": expectations(model)}
+    base = history.base or base_of(model)
+    about = {"base": base, "steps": steps, "expects": expectations(model)}
     # `torch.compile` puts a module around each that it compiles, whose name is no part of the model
     state = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     try:

@@ -19,17 +19,15 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from ..errors import VitreousError, nearest
-from ..schema import fits, read_json, short
+from ..schema import fits, plain, read_json, short
 from ..steps import Step, make_step
 from .expects import KEPT
+from .hugging_face import PREFIX, built, refuse_arguments
 
 # Arguments by which timm reads files or the network, or answers another thing than a model.
 NEVER = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
-WORD = re.compile(r"[\w.+-]{0,100}")
-LARGEST = 2**20  # of an argument: image side, width, number of classes
 SPARE = 16  # how many times the numbers in the file a model may hold before its steps make it smaller
-SHALLOW = 4  # how deep lists may lie in an argument
 
 
 @dataclass
@@ -82,7 +80,9 @@ def _check_base(base: dict[str, Any], source: str, network: bool) -> None:
     if name.startswith(HUBS):
         refuse_hub(name, network)
         return
-    allowed = arguments(name)
+    if name.startswith(PREFIX):
+        refuse_arguments(name, kwargs, source)
+    allowed = kwargs if name.startswith(PREFIX) else arguments(name)
     for key, value in kwargs.items():
         if key not in allowed:
             raise VitreousError(
@@ -123,14 +123,6 @@ def arguments(name: str) -> set[str]:
     return {p for c in classes if c not in (nn.Module, object) for p in inspect.signature(c.__init__).parameters} - NEVER
 
 
-def plain(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, list | tuple):
-        return depth < SHALLOW and len(value) <= 64 and all(plain(v, depth + 1) for v in value)
-    if isinstance(value, str):
-        return WORD.fullmatch(value) is not None
-    return value is None or isinstance(value, bool) or (fits(value, int | float) and abs(value) <= LARGEST)
-
-
 def affordable(base: dict[str, Any], state: Mapping[str, Tensor], source: str) -> None:
     """Raise `VitreousError` when the model that a file asks for is out of proportion to its weights; costs no memory."""
     for key, value in base["kwargs"].items():
@@ -139,7 +131,8 @@ def affordable(base: dict[str, Any], state: Mapping[str, Tensor], source: str) -
             raise VitreousError(f"{source} asks for {key}={short(value)}, and holds {len(state)} tensors: the file is damaged")
     try:
         with torch.device("meta"):
-            model = timm.create_model(base["name"], **base["kwargs"])
+            name, kwargs = base["name"], base["kwargs"]
+            model = built(name, kwargs) if name.startswith(PREFIX) else timm.create_model(name, **kwargs)
     except Exception:  # some models cannot be built without numbers: they are built as they are
         return
     wanted, there = sum(p.numel() for p in model.state_dict().values()), sum(p.numel() for p in state.values())
