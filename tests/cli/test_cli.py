@@ -26,6 +26,7 @@ import vitreous.search.trial
 from vitreous.quant.layers import QuantLinear
 
 WRITTEN = {"manifest.json", "report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
+WRITTEN |= {"preprocess.json", "labels.txt", "recipe.json"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,9 @@ def test_main_job_writes_everything(job: Path) -> None:
     assert shipped["answers"]["difference"]["low"] <= shipped["answers"]["difference"]["value"]
     report = (job / "report.html").read_text()
     assert "<html" in report and "tokens.EViT(keep=0.5)" in report
+    assert [str(step) for step in vt.Recipe.read(job / "recipe.json").steps] == ["tokens.EViT(keep=0.5)", "quant.RepQ()"]
+    assert json.loads((job / "preprocess.json").read_text()) == vt.Runtime(job / "model.onnx").card["preprocess"]
+    assert (job / "labels.txt").read_text().split("\n")[:2] == ["t-shirt", "trouser"]
 
 
 def test_main_job_result_loads_and_agrees_with_its_files(job: Path) -> None:

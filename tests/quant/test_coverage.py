@@ -126,6 +126,32 @@ def test_linear_layers_under_other_names_are_quantized_too(make: Any, step: str,
     assert error(again, small, x) == 0
 
 
+class Pixels(nn.Module):
+    """An MLP written as convolutions of single pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.up, self.down = nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 1, bias=False)
+        self.pretrained_cfg = dict(input_size=(3, 32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(self.up(self.stem(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("recipe", ["RepQ()", "Auto()", "AdaLog(weights=4, activations=4)"])
+def test_convolutions_of_single_pixels_are_linear_layers(recipe: str, x: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Pixels().eval()
+    small = vt.slim(model, vt.Recipe.parse(recipe), x)
+    assert coverage(small, x).quantized == pytest.approx(1)
+    with torch.no_grad():
+        assert error(small, model, x) < 0.1 and torch.equal(small(x), small(x.contiguous(memory_format=torch.channels_last)))
+    if recipe == "RepQ()":
+        vt.ship(small, tmp_path / "m.onnx", example=x)
+        assert vt.Runtime(tmp_path / "m.onnx").integer_ops == 3, "both of them, and the head"
+
+
 def test_modules_named_stay_in_floats(x: Tensor, tmp_path: Path) -> None:
     model = small_vit(depth=2)
     whole, one = ("blocks.1", "patch_embed"), ("blocks.0.attn.qkv",)

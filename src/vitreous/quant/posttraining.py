@@ -20,7 +20,8 @@ from .linears import as_linears, attention_blocks, is_linear
 
 @dataclass(frozen=True)
 class PostTraining(Step):
-    """Quantizes linear layers and patch embedding, and in plain blocks the operands of the attention products.
+    """Quantizes linear layers (convolutions of single pixels too) and patch embedding, and in plain blocks the operands of the
+    attention products.
 
     Calibrated on a few unlabelled images, without training. Of models whose blocks are not plain (windowed, pooled,
     rotary) only the linear layers and the patch embedding are quantized; their attention products stay in floats. So
@@ -116,7 +117,8 @@ class PostTraining(Step):
             if isinstance(layer, nn.Linear):
                 new: nn.Module = QuantLinear(layer, self.input_quantizer(reads, x_bits), w, norm)
             else:
-                new = QuantConv2d(layer, Quantizer(8), w)  # images stay at 8 bits, as published
+                images = layer.kernel_size != (1, 1)  # they stay at 8 bits, as published
+                new = QuantConv2d(layer, Quantizer(8 if images else x_bits), w)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, new.to(layer.weight.device))
         if not self.deployable:
@@ -204,7 +206,8 @@ def norm_readers(model: nn.Module) -> dict[str, dict[str, QuantLinear]]:
 
 
 def _patchifies(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == conv.stride != (1, 1) and conv.groups == 1
+    """Whether it reads each pixel once: a patch embedding, or a linear layer on single pixels."""
+    return conv.kernel_size == conv.stride and conv.groups == 1 and conv.padding in ((0, 0), "valid")
 
 
 def give_bias(layer: Any) -> None:
