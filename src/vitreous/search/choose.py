@@ -140,19 +140,20 @@ class Chooser:
 
     def _in_integers(self, method: PostTraining, ways: Sequence[Way | None]) -> dict[str, nn.Module]:
         """With the strongest token step that leaves it within the budget; when it loses too much by itself, parts of it."""
-        order = [None, *ways[:-1]]
-        if ways[0] is not None and self._leaves_half(ways[0]):
-            order = [ways[0], None, *ways[1:-1]]
+        nothing = self.free if self.free is not None and self.free.last else None
+        order = [nothing, *(way for way in ways[:-1] if way is not nothing)]
+        if ways[0] is not None and ways[0] is not nothing and self._leaves_half(ways[0]):
+            order[:2] = [ways[0], nothing]
         alone: nn.Module | None = None
         for way in order:
             small, keeps = self._tried(_name(way, method), way, method)
-            if way is None:
+            if way is nothing:
                 if not keeps:
                     return self._in_part(method, small) if method is INTEGERS[-1] else {}
                 alone = small
             elif keeps:
                 return {_name(way, method): small}
-        return {_name(None, method): alone} if alone else {}
+        return {_name(nothing, method): alone} if alone else {}
 
     def _leaves_half(self, way: Way) -> bool:
         """Whether a token step leaves half of the budget to integers, so that they are likely to keep to it together."""
