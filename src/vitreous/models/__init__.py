@@ -31,6 +31,7 @@ from . import (
     pvt,
     sit,
     smt,
+    softhgnn,
     sparseformer,
     spectformer,
     sret,
@@ -39,6 +40,7 @@ from . import (
     uniformer,
     van,
     vig_gla,
+    vir,
 )
 from .official import load_official, variants
 
@@ -74,6 +76,7 @@ __all__ = [
     "pvt",
     "sit",
     "smt",
+    "softhgnn",
     "sparseformer",
     "spectformer",
     "sret",
@@ -83,4 +86,5 @@ __all__ = [
     "van",
     "variants",
     "vig_gla",
+    "vir",
 ]

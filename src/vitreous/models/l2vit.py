@@ -48,7 +48,7 @@ class WindowAttention(nn.Module):
 class LinearAttention(nn.Module):
     """relu(q) (relu(k)ᵀ v) τ / max(relu(q) · Σ relu(k), 100), with a learned τ for each head (equation 7); `[B, H, W, C]`.
 
-    The bound of 100 is what keeps it stable, as the paper found. kᵀv is a sum over all places: it is never taken in half precision.
+    The bound of 100 is what keeps it stable, as the paper found. kᵀv is a sum over all places, never taken in half precision.
     """
 
     def __init__(self, channels: int, num_heads: int) -> None:
