@@ -81,6 +81,29 @@ SMALL: dict[str, Small] = {
     "dinat isotropic": Small("dinat_isotropic_small", dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, kernel=3)),
     "l2vit": Small("l2vit_tiny", dict(embed_dims=(16, 16, 16, 32), depths=(2, 1, 1, 1), num_heads=(1, 1, 1, 2))),
     "patnet": Small("patnet_t0", dict(embed_dim=8, depths=(1, 1, 1, 1), feature_dim=32)),
+    "vir": Small(
+        "vir_tiny",
+        dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+        attention=False,
+    ),
+    "softhgnn": Small(
+        "softhgnn_vit_cifar",
+        dict(embed_dim=32, depth=1, num_heads=2, head_dim=16, mlp_dim=32, edges=4, edge_heads=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+    ),
+    "softhgnn selection": Small(
+        "softhgnn_vit_ses_tiny",
+        dict(embed_dim=32, depth=1, num_heads=2, head_dim=16, mlp_dim=32, edges=6, edge_heads=2, dynamic=4, top_k=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+        unused=("soft_hgnn.gate",),  # the released layer has it and never uses it
+    ),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",
