@@ -130,3 +130,29 @@ def opcm(bench: Bench, seed: int) -> dict[str, Figures]:
         "(the start, with their heads)": mean_accuracy(root),
     }
     return {name: {"accuracy": value, "gradients": n} for name, value in found.items()}
+
+
+@experiment("pleas", baseline="mean of the weights")
+def pleas(bench: Bench, seed: int) -> dict[str, Figures]:
+    """Two models that learnt the same classes from different starts and other images; merged on images that both learnt from."""
+    x, y = bench.pool
+    halves = [(x[i::2], y[i::2]) for i in range(2)]
+    models = [bench.teach(bench.vit(100 * seed + i), half, seed=100 * seed + i).cpu() for i, half in enumerate(halves)]
+    data = (x[:512].cpu(), y[:512].cpu())
+    rules: dict[str, vt.learn.MergingRule] = {
+        "mean of the weights": vt.learn.UniformSoup(),
+        "permuted, then the mean": vt.learn.PLeaS(squares=False),
+        "PLeaS": vt.learn.PLeaS(),
+        "PLeaS, 0.5 of the hidden units twice": vt.learn.PLeaS(ratio=0.5),
+        "PLeaS, 0.9 of the hidden units twice": vt.learn.PLeaS(ratio=0.9),
+    }
+    found: dict[str, Figures] = {}
+    for name, rule in rules.items():
+        merged = vt.merge(models, rule, data=data if rule.needs_data else None)
+        found[name] = {"accuracy": bench.right(merged), "thousand parameters": sum(p.numel() for p in merged.parameters()) / 1000}
+    found["(each alone, their mean)"] = {"accuracy": sum(bench.right(m) for m in models) / 2}
+    models = [m.to(bench.device) for m in models]
+    with torch.no_grad():
+        both = [sum(m(t).softmax(1) for m in models).argmax(1) for t in bench.test[0].split(256)]
+    found["(both, answers averaged)"] = {"accuracy": 100 * float((torch.cat(both) == bench.test[1]).float().mean())}
+    return found

@@ -87,3 +87,16 @@ def test_bad_words(words, said, photos, tmp_path, monkeypatch, capsys):
     )
     assert not (tmp_path / "run").exists()
     assert status == 2 and said in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_adapters_train_from_the_command_line(photos, tmp_path, monkeypatch, capsys):
+    words = ["train", *SMALL, "--data", photos, "--batch", 16, "--epochs", 1, "--augment", "none", "--out"]
+    status, out, err = vitreous(monkeypatch, capsys, *words, tmp_path / "vpt", "--steps", "VPT(prompts=2)")
+    assert status == 0 and "images right" in out, err
+    taught = vt.load(tmp_path / "vpt" / "model.safetensors")
+    assert taught.blocks[1].prompts.shape == (2, 24)
+    steps = ["--steps", "VPT(prompts=2), Embed(dims=8)", "--objective", "SemanticProxies(classes=3)"]
+    status, out, err = vitreous(monkeypatch, capsys, *words, tmp_path / "found", *steps)
+    assert status == 0 and "find one of their class" in out, err
+    status, _, err = vitreous(monkeypatch, capsys, *words, tmp_path / "no", "--steps", "VPT(prompts=0)")
+    assert status == 2 and "prompts must lie in" in err

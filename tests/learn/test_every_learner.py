@@ -102,6 +102,10 @@ def test_merging_rules(name: str) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     base = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
     data = pictures() if RULES[name].needs_data else None
+    if name == "PLeaS":
+        with pytest.raises(vt.VitreousError, match="choose a transformer"):
+            vt.merge([model, model], RULES[name](), data=data)
+        return
     merged = vt.merge([model, model], RULES[name](), base=base if RULES[name].needs_base else None, data=data)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     assert data is not None or merged[2].num_batches_tracked == 7

@@ -21,6 +21,7 @@ from vitreous.learn.long_tail import deit_lt, effective_weights, exponential_cou
 from vitreous.learn.merging import Kitchen
 from vitreous.learn.nkd import nkd, uskd
 from vitreous.learn.ph_reg import denoised, farthest, losses, make_views
+from vitreous.learn.pleas import joined, least_squares, match, similarity, split, together
 from vitreous.learn.sam import ascend
 from vitreous.learn.scalekd import CrossAttentionProjector, mimic, without_dc
 from vitreous.learn.semantic_proxies import SmallGRU, accumulate, proxy_loss
@@ -323,3 +324,38 @@ def test_slimfit_schedule():
             scores[i] = change(weights[i], moved)
             weights[i] = moved
         near(scores, g["sched_scores"][t + 1], 1e-9)
+
+
+@pytest.mark.parametrize("name", ["pleas--mlp_act_ratio0", "pleas--mlp_act_ratio05"])
+def test_pleas(name):
+    info, g = golden(name)
+    acts, given = {}, {}
+    for m in ("m1", "m2"):
+        z1 = F.linear(g["X"], g[f"{m}_fc1.weight"], g[f"{m}_fc1.bias"])
+        z2 = F.linear(z1.relu(), g[f"{m}_fc2.weight"], g[f"{m}_fc2.bias"])
+        acts[m], given[m] = {"fc1": z1, "fc2": z2}, {"fc1": z1.relu(), "fc2": z2.relu()}
+    splits = {}
+    for layer in ("fc1", "fc2"):
+        alike = sum(similarity(t["m1"][layer], t["m2"][layer]) for t in (acts, given))  # before and after the activation
+        near(alike, g[f"cost_{layer}.weight:0"], 1e-9)
+        units = match(alike)
+        assert torch.equal(units, g[f"perm_{layer}.weight:0"])
+        splits[layer] = split(alike, units, info["kwargs"]["ratio"])
+        for part in ("merged1", "merged2", "own1", "own2"):
+            assert torch.equal(getattr(splits[layer], part), g[f"block_{layer}.weight:0_{part}"])
+    sides = {"fc1": ("fc1", None), "fc2": ("fc2", "fc1"), "fc3": (None, "fc2")}
+    for layer, (out, into) in sides.items():
+        out, into = splits.get(out), splits.get(into)
+        weight = joined(g[f"m1_{layer}.weight"], g[f"m2_{layer}.weight"], out, into)
+        bias = joined(g[f"m1_{layer}.bias"], g[f"m2_{layer}.bias"], out)
+        theirs = g[f"merged_{layer}.weight"].clone()
+        if layer == "fc3":  # which they add up without halving, and whose bias is the first model's
+            theirs[:, len(into.merged1) :] /= 2
+        near(weight, theirs, 1e-12)
+        near(bias if layer != "fc3" else g["m1_fc3.bias"], g[f"merged_{layer}.bias"], 1e-12)
+        x, z = g[f"ls_in_{layer}"], g[f"ls_out_{layer}"]
+        if into is not None:
+            near(together(given["m1"][sides[layer][1]], given["m2"][sides[layer][1]], into), x, 1e-9)
+        fitted = least_squares(x, z, weight, bias)
+        error = (F.linear(x, fitted["weight"], fitted["bias"]) - z).square().mean()
+        assert abs(error - g[f"ls_loss_opt_{layer}"]) <= 1e-6 * g[f"ls_loss_opt_{layer}"] + 1e-12

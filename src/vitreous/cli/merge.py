@@ -15,7 +15,7 @@ def merge(
     models: Annotated[list[str], typer.Argument(help="saved models of one architecture")],
     *,
     source: DataOptions,
-    rule: Annotated[str, typer.Option(help="UniformSoup(), GreedySoup(), LearnedSoup(), OPCM() …")] = "GreedySoup()",
+    rule: Annotated[str, typer.Option(help="UniformSoup(), GreedySoup(), LearnedSoup(), OPCM(), PLeaS() …")] = "GreedySoup()",
     base: Annotated[str | None, typer.Option(help="the model that all were fine-tuned from, for OPCM")] = None,
     out: Annotated[Path, typer.Option(help="file to write")] = Path("merged.safetensors"),
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,

@@ -18,6 +18,7 @@ from .opcm import OPCM
 from .optimisers import SGD, AdamW, Lion, Optimiser, SGDSaI
 from .patch_mixing import PatchMixing, replacement_curve
 from .ph_reg import PHReg
+from .pleas import PLeaS
 from .retrieval import retrieval
 from .sam import SAM
 from .scalekd import ScaleKD
@@ -58,6 +59,7 @@ __all__ = [
     "Objective",
     "Optimiser",
     "PHReg",
+    "PLeaS",
     "PatchMixing",
     "SGDSaI",
     "ScaleKD",
