@@ -231,21 +231,30 @@ def onnxruntime_operators(path: Path, x: np.ndarray, threads: int, rounds: int) 
 
 
 def profile(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:
+    """Where the time goes, by operator and precision, and each file's error: ours, NNCF's, ONNX Runtime's own integers."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
     model = vt.open("deit_small_patch16_224", depth=a.depth)
     images = torch.randn(16, 3, 224, 224, generator=torch.Generator().manual_seed(a.seed))
-    models = {"fp32": model, "RepQ W8A8": vt.slim(model, [vt.quant.RepQ()], images[:8])}
-    print(f"\nDeiT-S/16 at 224, {a.depth} blocks, batch 16, {a.threads} threads; load average {os.getloadavg()[0]:.1f}\n")
-    for name, m in models.items():
+    shown: list[tuple[str, Path]] = []
+    for name, m in {"fp32": model, "RepQ W8A8": vt.slim(model, [vt.quant.RepQ()], images)}.items():
         made = ship_all(m, [folder / f"{name}.onnx", folder / f"{name}.xml"], example=images)
-        for tool, path, count in zip(
-            ("ONNX Runtime", "OpenVINO"), made, (onnxruntime_operators, openvino_operators), strict=True
-        ):
-            kinds, whole = count(path.path, images.numpy(), a.threads, rounds=5)
-            total = sum(kinds.values())
-            shares = sorted(kinds.items(), key=lambda kind: -kind[1])[:9]
-            print(f"| {name}, {tool} | {whole / 16:.1f} | " + ", ".join(f"{k} {100 * v / total:.0f} %" for k, v in shares) + " |")
+        shown += [(name, shipment.path) for shipment in made]
+    onnxruntime_int8(folder / "fp32.onnx", a.threads)
+    nncf_int8(folder / "fp32.xml", images, a.threads)
+    shown += [("ONNX Runtime's own int8 dynamic", folder / "ort-int8.onnx"), ("int8 by NNCF", folder / "nncf.xml")]
+    with torch.inference_mode():
+        wanted = model.eval()(images)
+    print(f"\nDeiT-S/16 at 224, {a.depth} blocks, batch 16, {a.threads} threads; load average {os.getloadavg()[0]:.1f}\n")
+    print("| file | error | ms/image | share of the time |\n|---|---|---|---|")
+    for name, path in shown:
+        runtime = vt.Runtime(path, threads=a.threads)
+        error = ((runtime(images) - wanted).norm(dim=1) / wanted.norm(dim=1)).mean()
+        count = openvino_operators if path.suffix == ".xml" else onnxruntime_operators
+        kinds, whole = count(path, images.numpy(), a.threads, rounds=5)
+        total = sum(kinds.values())
+        shares = ", ".join(f"{k} {100 * v / total:.0f} %" for k, v in sorted(kinds.items(), key=lambda kind: -kind[1])[:9])
+        print(f"| {name}, {runtime.engine} | {error:.1e} | {whole / 16:.1f} | {shares} |", flush=True)
 
 
 def dinov2(a: argparse.Namespace, folder: Path, progress: Callable[[str, float], None]) -> None:

@@ -198,6 +198,17 @@ def test_a_fixed_batch_computes_the_same_every_time(tmp_path: Path, batch: int |
         fixed(torch.randn(3, 1, 8, 8))
 
 
+@pytest.mark.parametrize("batch", [None, 4])
+def test_as_many_heads_as_tokens(tmp_path: Path, batch: int | None) -> None:
+    """With fixed sizes OpenVINO leaves the heads where they are, once the transpose is fused (docs/ship.md)."""
+    model = VisionTransformer(
+        img_size=16, patch_size=8, num_classes=7, embed_dim=32, depth=1, num_heads=4, class_token=False, global_pool="avg"
+    )
+    made = ship(model, tmp_path / "square.xml", example=torch.randn(16, 3, 16, 16), batch=batch)
+    assert made.parity.worst < 1e-4 and not made.caution
+    assert made.parity.reshaped == (() if batch else (1, 4))
+
+
 def test_a_file_that_only_fails_when_reshaped_says_so(
     vit: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

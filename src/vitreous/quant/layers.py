@@ -179,10 +179,20 @@ class QuantConv2d(nn.Conv2d):
         return f"W{self.quant_w.bits}A{self.quant_x.bits}"
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.kernel_size == self.stride == (1, 1) and self.groups == 1:  # ONNX Runtime multiplies that in integers, a Conv not
-            x = self.quant_x(input).movedim(1, -1)
-            return F.linear(x, self.quant_w(self.weight.flatten(1)), self.bias).movedim(-1, 1)
+        # ONNX Runtime computes such products in integers, and a convolution in floats.
+        if self.kernel_size == self.stride and self.padding == (0, 0) and self.dilation == (1, 1) and self.groups == 1:
+            return self._of_patches(self.quant_x(input))
         return self._conv_forward(self.quant_x(input), self.quant_w(self.weight), self.bias)
+
+    def _of_patches(self, x: Tensor) -> Tensor:
+        """The product of each patch, of one place or more, with the weight: `[B, C, H, W]` to `[B, O, h, w]`."""
+        weight, (p, q) = self.quant_w(self.weight.flatten(1)), self.kernel_size
+        if p == q == 1:
+            return F.linear(x.movedim(1, -1), weight, self.bias).movedim(-1, 1)
+        rows, columns = x.shape[2] // p, x.shape[3] // q
+        x = x[..., : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
+        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, weight, self.bias).mT.unflatten(2, (rows, columns))
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear | QuantConv2d]:

@@ -262,9 +262,14 @@ def _fold(model: onnx.ModelProto) -> onnx.ModelProto:
                 node.input[2] = name
             kept.append(node)
     used = {name for node in kept for name in node.input} | {output.name for output in graph.output}
-    del graph.node[:], graph.initializer[:]
+    del graph.node[:]
     graph.node.extend(kept)
-    graph.initializer.extend(tensor for name, tensor in stored.items() if name in used)
+    # One by one: put in again, all weights would be there twice, for a message keeps what was taken out of it until it ends.
+    present = {tensor.name for tensor in graph.initializer}
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in used:
+            del graph.initializer[i]
+    graph.initializer.extend(tensor for name, tensor in stored.items() if name in used - present)
     # A stored tensor has its own shape; said twice, tools that transpose one (ONNX Runtime's quantizer) stumble over the other.
     told = [value for value in graph.value_info if value.name not in stored]
     del graph.value_info[:]

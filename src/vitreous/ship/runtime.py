@@ -192,6 +192,7 @@ class Runtime:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         with tempfile.TemporaryDirectory() as folder:
             options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
             session = onnxruntime.InferenceSession(
                 str(self.path),
                 options,
@@ -199,7 +200,7 @@ class Runtime:
                 # With a fixed batch it makes a float Gemm of every quantized linear.
                 disabled_optimizers=["MatMulAddFusion"],
             )
-            optimized = onnx.load(options.optimized_model_filepath)
+            optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)  # its operators are counted
         self.engine = "ONNX Runtime"
         self.integer_ops = sum(node.op_type in INTEGER_OPS for node in optimized.graph.node)
         self.packed_ops = sum(node.op_type == "MatMulNBits" for node in optimized.graph.node)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shutil
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from onnx import ModelProto
@@ -24,13 +22,11 @@ from ..files import folder_aside, forget, replaceable
 from .card import card, preprocess, texts
 from .export import is_quantized, quiet, to_onnx, trace
 from .named import Named, plain
+from .openvino_graph import number, prepare
 from .packed import pack, reader
 from .parity import IMAGES, RESHAPED, Parity, Run, Yardstick, worst
 from .pictures import WithPreprocessing
 from .runtime import Runtime, files
-
-if TYPE_CHECKING:
-    import openvino
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
 FLOAT_TOLERANCE = 1e-3
@@ -282,53 +278,18 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
         core = openvino.Core()
         core.add_extension(reader())
         graph = core.read_model(model.SerializeToString())
-        _balance_by_ranges(graph)
+        prepare(graph)
         # Where there is VNNI it would round the activations that meet packed weights to 8 bits.
         graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         graph.set_rt_info(MEASURED, ["runtime_options", "INFERENCE_PRECISION_HINT"])
         for entry in model.metadata_props:
             graph.set_rt_info(entry.value, ["vitreous", entry.key])
-        _number(graph)
+        number(graph)
         openvino.save_model(graph, path, compress_to_fp16=False)
     except RuntimeError as error:  # also how it reports a full disk, without saying so
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = str(error).strip().splitlines()[-1]
         raise VitreousError(f"{path.name} cannot be written with {free:.1f} MB free on the disk: {reason}") from error
-
-
-def _number(graph: openvino.Model) -> None:
-    """Names that hang on the graph alone: OpenVINO counts what it made since the program started."""
-    for i, op in enumerate(graph.get_ordered_ops()):
-        kind = op.get_type_name()
-        if re.fullmatch(rf"{kind}_\d+", op.get_friendly_name()):
-            op.set_friendly_name(f"{kind}.{i}")
-
-
-def _balance_by_ranges(graph: openvino.Model) -> None:
-    """Put a factor and an offset of each channel, between a GELU and its quantization, into the ranges of that.
-
-    OpenVINO then computes all of it at the end of the product before; behind a LayerNorm it would get the ranges wrong.
-    """
-    from openvino import opset13
-
-    for quantize in [op for op in graph.get_ops() if op.get_type_name() == "FakeQuantize"]:
-        ops = [quantize]
-        for above in ("Add", "Multiply", "Gelu"):
-            ops.append(ops[-1].input_value(0).get_node())
-            if ops[-1].get_type_name() != above:
-                break
-        else:
-            _, add, multiply, gelu = ops
-            values = (multiply.input_value(1), add.input_value(1), quantize.input_value(1), quantize.input_value(2))
-            if any(value.get_node().get_type_name() != "Constant" for value in values):
-                continue
-            factor, offset, low, high = (value.get_node().data for value in values)
-            if factor.ndim == 1 and (factor > 0).all():
-                shape = (*[1] * (gelu.output(0).get_partial_shape().rank.get_length() - 1), -1)
-                ranges = [((end - offset) / factor).astype("float32").reshape(shape) for end in (low, high)]
-                levels, out = quantize.get_attributes()["levels"], quantize.input_values()[3:]
-                whole = opset13.fake_quantize(gelu, *map(opset13.constant, ranges), *out, levels)
-                quantize.output(0).replace(whole.output(0))
 
 
 def _reloaded(path: Path, names: list[str]) -> Run:
