@@ -26,15 +26,9 @@ from .openvino_graph import number, prepare
 from .packed import pack, reader
 from .parity import IMAGES, RESHAPED, Parity, Run, Yardstick, worst
 from .pictures import WithPreprocessing
-from .runtime import Runtime, files
+from .runtime import FLOAT_TOLERANCE, INT8_TOLERANCE, Runtime, files
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
-FLOAT_TOLERANCE = 1e-3
-# Two correct integer runtimes do not agree to the last digit: a difference of 1e-7 moves a value across a rounding
-# edge now and then, and the next layers multiply that. They part by 3e-3 on the trained bundled model and by 4e-2 on a
-# random DeiT-S; kernels that overflow make that 2.5e-2 and 2e-1. A model that noise of 1e-5 in its images moves further
-# than that on its own cannot be held to it: with min-max grids DINOv2 ViT-S moves by 5e-2, and its runtimes part by 7e-2.
-INT8_TOLERANCE = 5e-2
 WORST = 10  # the worst image may be this much further off than the mean
 MEASURED = "f32"  # what is not integers is computed in, when parity is measured; OpenVINO takes bf16 by itself where it can
 EXPORTING = threading.Lock()  # torch's exporter, and the logging that it is kept from, belong to the process
