@@ -63,7 +63,7 @@ def test_an_endless_iterable_ends(model: nn.Module, x: Tensor) -> None:
         while True:
             yield x
 
-    with pytest.warns(UserWarning, match="only 6 of 1024 calibration images differ"):
+    with pytest.warns(UserWarning, match="only 6 of 1024 images differ"):
         assert len(images(model, forever())) == MOST
 
 
@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "one image": (lambda x: x[0], r"\[N, C, H, W\], not \[3, 32, 32\]"),
     "five dimensions": (lambda x: x[None], r"\[N, C, H, W\]"),
     "channels last": (lambda x: x.permute(0, 2, 3, 1), "channels come first"),
-    "grey": (lambda x: x[:, :1], r"does not run on calibration images \[6, 1, 32, 32\], it is made for \[3, 32, 32\]"),
+    "grey": (lambda x: x[:, :1], r"does not run on images \[6, 1, 32, 32\], it is made for \[3, 32, 32\]"),
     "another size": (lambda x: x[..., :24], r"made for \[3, 32, 32\]"),
     "bytes": (lambda x: ((x + 1) * 127).byte(), "uint8: give floats"),
     "integers": (lambda x: [((i + 1) * 127).long().numpy() for i in x], "int64: give floats"),
@@ -100,7 +100,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "not normalised": (lambda x: (x + 1) / 2, "not normalised"),
     "another preparation": (lambda x: x * 2.3, "not what VisionTransformer's own preparation makes"),
     "copies": (lambda x: x[:1].expand(6, -1, -1, -1), "copies of one"),
-    "a black one": (lambda x: torch.cat((x, -torch.ones_like(x[:1]))), "1 of 7 calibration images are of one colour"),
+    "a black one": (lambda x: torch.cat((x, -torch.ones_like(x[:1]))), "1 of 7 images are of one colour"),
 }
 
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from vitreous.errors import VitreousError
 from vitreous.macs import CountMacs
 from vitreous.quant import MinMax
-from vitreous.relevance import Tape, convolution_rule, image_rule, linear_rule, mean_rule, product_rule, relevance, sum_rule
+from vitreous.relevance import relevance
+from vitreous.relevance.rules import convolution_rule, image_rule, linear_rule, mean_rule, product_rule, sum_rule
+from vitreous.relevance.tape import Tape
 
 
 @pytest.fixture

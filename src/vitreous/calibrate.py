@@ -1,4 +1,4 @@
-"""Calibration images in whatever form people hold them, and whether they are what the model was made for."""
+"""Images in whatever form people hold them, and whether they are what the model was made for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .glass.compiled import as_written
 MOST = 1024  # images taken from a loader or an iterable, which may not end
 LOOKED_AT = 64  # images on which ranges are judged
 KEYS = ("pixel_values", "images", "image", "x", "inputs")  # of batches that are mappings
+LABELS = ("labels", "label", "targets", "target", "y")
 UNKNOWN = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's mean and deviation, where the model tells of none
 FAR = 10  # widths of the range that the preparation gives; what lies further off has not been through it
 
@@ -34,8 +35,18 @@ def images(model: nn.Module, given: Any) -> Tensor:
     """
     x = _checked(_joined(given))
     x = x.to(next((p.device for p in model.parameters()), x.device))
+    judge(model, x)
+    _judge_variety(x)
+    wanted = _size(model)
+    if wanted and wanted[1:] != tuple(x.shape[2:]):
+        _odd(f"images are {x.shape[2]} × {x.shape[3]}, the model's own preparation gives {wanted[1]} × {wanted[2]}")
+    return x
+
+
+def judge(model: nn.Module, x: Tensor) -> None:
+    """Whether `model` runs on images `x` `[N, C, H, W]`, and whether they are prepared for it; as `images` tells."""
     try:
-        seen = _entered(model, x[:: max(1, len(x) // LOOKED_AT)][:LOOKED_AT])
+        seen = _entered(model, _checked(x)[:: max(1, len(x) // LOOKED_AT)][:LOOKED_AT])
     except VitreousError:
         raise
     except Exception as error:  # whatever a stranger's forward raises for images of another size or number of channels
@@ -44,14 +55,46 @@ def images(model: nn.Module, given: Any) -> Tensor:
         made_for = f", it is made for {list(wanted)}" if wanted and wanted != tuple(x.shape[1:]) else ""
         last = ": channels come first, x.permute(0, 3, 1, 2)" if x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3) else ""
         raise VitreousError(
-            f"{type(model).__name__} does not run on calibration images {list(x.shape)}{made_for} ({reason}){last}"
+            f"{type(model).__name__} does not run on images {list(x.shape)}{made_for} ({reason}){last}"
         ) from error
     _judge_range(model, *seen)
-    _judge_variety(x)
-    wanted = _size(model)
-    if wanted and wanted[1:] != tuple(x.shape[2:]):
-        _odd(f"calibration images are {x.shape[2]} × {x.shape[3]}, the model's own preparation gives {wanted[1]} × {wanted[2]}")
-    return x
+
+
+def batches(given: Any, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`given`, in the forms of `images`, as `(x [b, C, H, W], y or None)`, `size` at a time; labels where there are some.
+
+    Nothing is kept of what has been given. Raises `VitreousError` for what is no images, and labels that do not fit.
+    """
+    xs: list[Tensor] = []
+    ys: list[Tensor | None] = []
+    for x, y in _pairs(given, size):
+        if x.ndim == 3:
+            x, y = x[None], None if y is None else y[None]
+        _checked(x)
+        if y is not None and len(y) != len(x):
+            raise VitreousError(f"{len(x)} images have {len(y)} labels: one each")
+        if ys and (y is None) != (ys[0] is None):
+            raise VitreousError("some images have labels and some have none: give all or none")
+        if xs and x.shape[1:] != xs[0].shape[1:]:
+            raise VitreousError(f"images must be of one size: {list(xs[0].shape[1:])} and {list(x.shape[1:])} were given")
+        xs.append(x)
+        ys.append(y)
+        while sum(map(len, xs)) >= size:
+            x, y = torch.cat(xs), None if ys[0] is None else torch.cat([t for t in ys if t is not None])
+            yield x[:size], None if y is None else y[:size]
+            xs, ys = ([], []) if len(x) == size else ([x[size:]], [None if y is None else y[size:]])
+    if xs:
+        yield torch.cat(xs), None if ys[0] is None else torch.cat([t for t in ys if t is not None])
+
+
+def count(given: Any) -> int:
+    """How many images there are; 0 where that is not known before."""
+    given = _image_part(given) if isinstance(given, Mapping) or _is_labelled(given) else given
+    if isinstance(given, (list, tuple)):
+        first = _image_part(given[0]) if given else None
+        return len(given) if getattr(first, "ndim", 4) == 3 else 0
+    given = getattr(given, "dataset", given)
+    return len(given) if hasattr(given, "__len__") else 0
 
 
 def example(model: nn.Module) -> Tensor:
@@ -70,20 +113,18 @@ def _joined(given: Any) -> Tensor:
     if isinstance(given, Mapping):
         return _joined(_image_part(given))
     if isinstance(given, (str, bytes)) or not any(hasattr(given, a) for a in ("__iter__", "__getitem__", "batches")):
-        raise VitreousError(f"calibration images cannot be a {type(given).__name__}: give a tensor [N, C, H, W] or a DataLoader")
-    if isinstance(given, tuple) and len(given) == 2 and _is_array(given[0]) and getattr(given[1], "ndim", 0) < 3:
-        return _tensor(given[0])  # images and their labels
+        raise VitreousError(f"images cannot be a {type(given).__name__}: give a tensor [N, C, H, W] or a DataLoader")
+    if _is_labelled(given):
+        return _tensor(given[0])
     parts: list[Tensor] = []
     count = 0
     for batch in _batches(given):
         part = _tensor(_image_part(batch))
         part = part[None] if part.ndim == 3 else part
         if part.ndim != 4:
-            raise VitreousError(f"calibration images come as [B, C, H, W] or [C, H, W], not {list(part.shape)}")
+            raise VitreousError(f"images come as [B, C, H, W] or [C, H, W], not {list(part.shape)}")
         if parts and part.shape[1:] != parts[0].shape[1:]:
-            raise VitreousError(
-                f"calibration images must be of one size: {list(parts[0].shape[1:])} and {list(part.shape[1:])} were given"
-            )
+            raise VitreousError(f"images must be of one size: {list(parts[0].shape[1:])} and {list(part.shape[1:])} were given")
         parts.append(part[: MOST - count])
         count += len(parts[-1])
         if count >= MOST:
@@ -99,11 +140,40 @@ def _batches(given: Any) -> Iterator[Any]:
     return (given[i] for i in range(len(given)))  # a data set of torch's
 
 
+def _pairs(given: Any, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    if _is_array(given):
+        given = _tensor(given)
+        yield from ((part, None) for part in given.split(size))
+    elif isinstance(given, Mapping) or _is_labelled(given):
+        x, y = _tensor(_image_part(given)), _label_part(given)
+        yield from zip(x.split(size), [None] * len(x) if y is None else y.split(size), strict=False)
+    elif isinstance(given, (str, bytes)) or not any(hasattr(given, a) for a in ("__iter__", "__getitem__", "batches")):
+        raise VitreousError(f"images cannot be a {type(given).__name__}: give a tensor [N, C, H, W] or a DataLoader")
+    else:
+        yield from ((_tensor(_image_part(batch)), _label_part(batch)) for batch in _batches(given))
+
+
+def _is_labelled(given: Any) -> bool:
+    """Whether these are images and their labels."""
+    return isinstance(given, tuple) and len(given) == 2 and _is_array(given[0]) and getattr(given[1], "ndim", 0) < 3
+
+
+def _label_part(batch: Any) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        found = next((batch[k] for k in LABELS if k in batch), None)
+    else:
+        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    try:
+        return None if found is None else torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise VitreousError(f"labels must be class numbers, not {type(found).__name__}") from None
+
+
 def _image_part(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         if (key := next((k for k in KEYS if k in batch), None)) is None:
             has = ", ".join(map(str, batch))
-            raise VitreousError(f"calibration batches have no images under {', '.join(KEYS)}; they have {has}")
+            raise VitreousError(f"batches have no images under {', '.join(KEYS)}; they have {has}")
         return batch[key]
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
 
@@ -115,12 +185,12 @@ def _is_array(value: Any) -> bool:
 def _tensor(value: Any) -> Tensor:
     if not _is_array(value):
         raise VitreousError(
-            f"calibration images must be tensors or arrays, not {type(value).__name__}: prepare them as the model expects "
+            f"images must be tensors or arrays, not {type(value).__name__}: prepare them as the model expects "
             "(vt.data.calibration does)"
         )
     x = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach()
     if not x.is_floating_point():
-        raise VitreousError(f"calibration images are {x.dtype}".replace("torch.", "") + f": {PREPARE}")
+        raise VitreousError(f"images are {x.dtype}".replace("torch.", "") + f": {PREPARE}")
     return x.float()
 
 
@@ -134,11 +204,11 @@ PREPARE = (
 
 def _checked(x: Tensor) -> Tensor:
     if x.ndim != 4:
-        raise VitreousError(f"calibration images must be [N, C, H, W], not {list(x.shape)}")
+        raise VitreousError(f"images must be [N, C, H, W], not {list(x.shape)}")
     if not x.numel():
         raise VitreousError("there are no calibration images: give at least one, 32 are usual")
     if not torch.isfinite(x).all():
-        raise VitreousError("the calibration images hold NaN or infinity: check the transform")
+        raise VitreousError("the images hold NaN or infinity: check the transform")
     return x
 
 
@@ -185,13 +255,13 @@ def _judge_range(model: nn.Module, told: nn.Module | None, x: Tensor) -> None:
     able = f"its preparation (mean {_short(mean)}, std {_short(std)}) gives {low:.3g} … {high:.3g}"
     able = able if told is not None else f"usual preparations give {low:.3g} … {high:.3g}"
     if whole or float((off > FAR * width).float().mean()) > 0.01:
-        raise VitreousError(f"the calibration images are not prepared for {type(model).__name__}: {seen}, {able}; {PREPARE}")
+        raise VitreousError(f"the images are not prepared for {type(model).__name__}: {seen}, {able}; {PREPARE}")
     if told is None:
         return
     if float(values.min()) >= 0 and float(values.max()) <= 1 and low < -0.5:
-        _odd(f"the calibration images look like pictures that were not normalised: {seen}, {able}")
+        _odd(f"the images look like pictures that were not normalised: {seen}, {able}")
     elif float((off > 0.05 * width).float().mean()) > 0.01:
-        _odd(f"the calibration images are not what {type(model).__name__}'s own preparation makes of pictures: {seen}, {able}")
+        _odd(f"the images are not what {type(model).__name__}'s own preparation makes of pictures: {seen}, {able}")
 
 
 def _judge_variety(x: Tensor) -> None:
@@ -199,14 +269,14 @@ def _judge_variety(x: Tensor) -> None:
     least, most = flat.aminmax(dim=1)
     plain = int((most - least <= 1e-3 * most.abs().clamp_min(1e-3)).sum())
     if plain == len(x):
-        raise VitreousError("the calibration images are each of one colour, black perhaps: nothing can be learned from them")
+        raise VitreousError("the images are each of one colour, black perhaps: nothing can be learned from them")
     different = len({(float(a), float(b)) for a, b in zip(flat.double().sum(1), flat.double().square().sum(1), strict=True)})
     if plain:
-        _odd(f"{plain} of {len(x)} calibration images are of one colour throughout")
+        _odd(f"{plain} of {len(x)} images are of one colour throughout")
     if different == 1 < len(x):
-        _odd(f"the {len(x)} calibration images are copies of one: ranges hold for that picture alone")
+        _odd(f"the {len(x)} images are copies of one: ranges hold for that picture alone")
     elif different <= len(x) / 2:
-        _odd(f"only {different} of {len(x)} calibration images differ")
+        _odd(f"only {different} of {len(x)} images differ")
 
 
 # ---- what the model says

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .copies.own import run, still
@@ -86,3 +87,8 @@ def targets(target: Target, images: int) -> Tensor | None:
         given = repr(target)[:60] if index is None else f"{str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
         raise VitreousError(f"target must be one class or one for each of the {images} images, not {given}")
     return index.long().expand(images)
+
+
+def two(out: Tensor) -> Tensor:
+    """One logit `[…, 1]` says whether or not: as two classes, of which the first has 0. More stay as they are."""
+    return F.pad(out, (1, 0)) if out.shape[-1] == 1 else out

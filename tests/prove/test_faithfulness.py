@@ -29,6 +29,17 @@ class Corner(nn.Module):
         return self.head(x[:, :, :8, :8].mean((1, 2, 3))[:, None])
 
 
+class Backwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.third, self.unused = nn.Linear(6, 5, bias=False), nn.Linear(6, 5, bias=False)
+        self.second, self.first = nn.Linear(6, 6, bias=False), nn.Linear(12, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x.flatten(1)).relu()).relu())
+
+
 def knows(model: nn.Module, x: Tensor, target: object) -> Tensor:
     return torch.eye(16)[0].view(1, 4, 4).repeat(len(x), 1, 1)
 
@@ -128,7 +139,7 @@ class TestSanity:
 
     def test_every_parameter_is_shuffled_in_the_end(self, vit: nn.Module) -> None:
         state = [p.clone() for p in vit.parameters()]
-        for name, random in randomised(vit, 0):
+        for name, random in randomised(vit, torch.zeros(1, 3, 32, 32), 0):
             changed = [not torch.equal(p, q) for p, q in zip(state, random.parameters(), strict=True)]
             same = all(
                 torch.equal(p.sort().values, q.flatten().sort().values)
@@ -137,6 +148,16 @@ class TestSanity:
             assert same, "their values stay"
             assert changed[-2], name
         assert all(c or p.unique().numel() == 1 for c, p in zip(changed, state))
+
+    def test_what_is_up_is_seen_by_running(self) -> None:
+        """A model that holds its head first, and its body in the wrong order, is made random from the head down all the same."""
+        ran = Backwards()
+        state = {n: p.clone() for n, p in ran.named_parameters()}
+        order = []
+        for _, random in randomised(ran, torch.randn(1, 3, 2, 2), 0):
+            order.append({n for n, p in random.named_parameters() if not torch.equal(p, state[n])})
+        assert [len(names) for names in order] == [1, 1, 2, 3, 4], order
+        assert order[0] == {"third.weight"} and order[2] - order[0] == {"second.weight"} and "unused.weight" not in order[3]
 
     def test_rank_correlation(self) -> None:
         a = np.array([[[1.0, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 1, 1]]])
@@ -191,3 +212,11 @@ def test_one_logit_and_several_labels_are_scored_by_sigmoid() -> None:
             several, {"flat": lambda m, x, t: torch.rand(len(x), 4, 4)}, x, steps=2, sanity_images=1, multi_label=True
         )
         assert found.whole == pytest.approx(float(several(x).amax(1).sigmoid().mean()), abs=1e-5)
+
+
+def test_images_in_other_forms_and_unprepared(bright: Tensor) -> None:
+    right = faithfulness(Corner(), {"k": knows}, bright[:4], steps=2, sanity_images=1)
+    for given in (list(bright[:4]), [bright[:2], bright[2:4]], bright[:4].numpy()):
+        assert faithfulness(Corner(), {"k": knows}, given, steps=2, sanity_images=1).rows == right.rows
+    with pytest.raises(vt.VitreousError, match="uint8"):
+        faithfulness(Corner(), {"k": knows}, (bright * 200).to(torch.uint8))

@@ -11,12 +11,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from scipy.stats import kendalltau
 from support import from_timm, small_vit
 from torch import Tensor, nn
 
 from vitreous import see
 from vitreous.anatomy import read
+from vitreous.copies.own import still
 from vitreous.errors import VitreousError
 from vitreous.glass import glass
 from vitreous.prune import Heads
@@ -26,6 +28,7 @@ from vitreous.see import hot
 from vitreous.see.ablation import hot_blocks, why_one_by_one, without_each_head
 from vitreous.see.head_importance import PRECISIONS, kendall
 from vitreous.see.stream import Means, interval
+from vitreous.see.tail import lay_out
 from vitreous.steps import slim
 from vitreous.tokens import EViT
 
@@ -46,7 +49,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "layer scale": (scaled, True),
     "norms of queries and keys": (lambda: small_vit(qk_norm=True), True),
     "features": (lambda: _features(), True),
-    "relative positions": (lambda: from_timm("beit_base_patch16_224"), False),
+    "relative positions": (FAMILIES["timm BEiT"].make, True),
+    "angles": (FAMILIES["timm EVA-02"].make, True),
+    "names of torchvision": (FAMILIES["torchvision"].make, True),
+    "pairs in a list": (FAMILIES["vit-pytorch"].make, True),
     "drops tokens": (lambda: slim(small_vit(), EViT(keep=0.7, at=(1,))), False),
     "quantized": (lambda: slim(small_vit(), RepQ(), torch.randn(8, 3, 32, 32)), False),
 }
@@ -69,8 +75,10 @@ def test_every_ablation_is_that_of_the_naive_loop(name: str, images: Tensor) -> 
     make, shared = MODELS[name]
     model = make()
     anatomy = read(model)
-    assert (why_one_by_one(model, anatomy) == "") == shared
-    whole, found = without_each_head(model, images, anatomy, hot_blocks(model, anatomy) if shared else None)
+    with still(model) as own:
+        why_not = lay_out(own, model, anatomy) or why_one_by_one(own, read(own))
+        assert (why_not == "") == shared
+        whole, found = without_each_head(own, images, read(own), hot_blocks(own, read(own)) if shared else None)
     with torch.no_grad():
         torch.testing.assert_close(whole, model(images))
     assert len(found) == len(anatomy.blocks)
@@ -150,6 +158,29 @@ def test_metrics_are_their_definitions(labelled: bool, images: Tensor) -> None:
         for name, value in expected.items():
             ours = found.values[found.metrics.index(name), layer, head]
             assert ours == pytest.approx(float(value), abs=1e-5), name
+
+
+def test_several_labels_are_each_a_question(images: Tensor) -> None:
+    model = small_vit(depth=2)
+    with torch.no_grad():
+        out, other = model(images), naive(model, images, 1, 2)
+    marks = (torch.arange(42).view(6, 7) % 3 == 0).long()
+    for y, given in ((marks.float(), marks), ((out > 0).float(), None)):
+        found = see.head_importance(model, images, given, multi_label=True)
+        bce = F.binary_cross_entropy_with_logits
+        p, q = torch.distributions.Bernoulli(logits=out), torch.distributions.Bernoulli(logits=other)
+        expected = {
+            "loss": bce(other, y) - bce(out, y),
+            "accuracy": ((out > 0) == (y > 0)).float().mean() - ((other > 0) == (y > 0)).float().mean(),
+            "output": torch.distributions.kl_divergence(p, q).mean(),
+        }
+        for name, value in expected.items():
+            assert found.values[found.metrics.index(name), 1, 2] == pytest.approx(float(value), abs=1e-5), name
+    with glass(model, grad=True) as g:
+        bce(model(images), marks.float(), reduction="none").mean(1).sum().backward()
+    taylor = (g.attention[1] * g.gradients[1])[:, 2].sum((1, 2)).abs().mean()
+    found = see.head_importance(model, images, marks, ["taylor"])
+    assert found.values[0, 1, 2] == pytest.approx(float(taylor), rel=1e-3)
 
 
 def test_taylor_is_the_slope_of_a_mask_and_gradient_attention_never_below_it(images: Tensor) -> None:

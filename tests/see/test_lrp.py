@@ -12,8 +12,8 @@ import torch
 from support import GOLDENS, filled, small_vit
 from torch import Tensor, nn
 
-from vitreous import relevance as rules
 from vitreous.errors import VitreousError
+from vitreous.relevance import relevance, tape
 from vitreous.see.lrp import BATCH, _attribution, lrp, transformer_attribution
 
 
@@ -52,15 +52,15 @@ def test_the_reference_by_its_own_rules(monkeypatch: pytest.MonkeyPatch) -> None
 
     The tolerance is what that rule makes of the 1e-9 that the reference adds here and there.
     """
-    monkeypatch.setattr(rules, "sum_rule", published_sum)
-    monkeypatch.setattr(rules, "product_rule", published_product)
+    monkeypatch.setattr(tape, "sum_rule", published_sum)
+    monkeypatch.setattr(tape, "product_rule", published_product)
     model = filled(timm.create_model("deit_tiny_patch16_224")).double()
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)).double()
     with np.load(GOLDENS / "see--transformer-attribution--deit.npz") as file:
         attribution, target = torch.from_numpy(file["map_f64_eps1e-6"])[:1], json.loads(bytes(file["info"]))["target_class"]
     with np.load(GOLDENS / "see--lrp-full--deit.npz") as file:
         full, passed = torch.from_numpy(file["map_f64_eps1e-6"])[:1], torch.from_numpy(file["attn_relevance_sum_f64"])[:1]
-    found = rules.relevance(model, x, target, gradients=True)
+    found = relevance(model, x, target, gradients=True)
     assert worst(found.pixels.sum(1), full) < 1e-3
     assert worst(_attribution(found, (14, 14)), attribution) < 1e-3
     assert worst(torch.stack([a.sum((1, 2, 3)) for a in found.attention.values()], 1), passed) < 1e-3
@@ -71,12 +71,12 @@ def test_single_precision_is_noise_by_the_published_rule_and_enough_by_ours(monk
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def loss() -> float:
-        exact = rules.relevance(copy.deepcopy(model).double(), x.double(), 281).pixels.sum(1)
-        return worst(rules.relevance(model, x, 281).pixels.sum(1), exact)
+        exact = relevance(copy.deepcopy(model).double(), x.double(), 281).pixels.sum(1)
+        return worst(relevance(model, x, 281).pixels.sum(1), exact)
 
     assert loss() < 1e-4
-    monkeypatch.setattr(rules, "sum_rule", published_sum)
-    monkeypatch.setattr(rules, "product_rule", published_product)
+    monkeypatch.setattr(tape, "sum_rule", published_sum)
+    monkeypatch.setattr(tape, "product_rule", published_product)
     assert loss() > 1e-2
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from support import small_vit
 from torch import Tensor, nn
 
-from vitreous import see
+from vitreous import read, see
 from vitreous.errors import VitreousError
 from vitreous.quant import RepQ
 from vitreous.see.paths import MEASURES
@@ -64,6 +65,34 @@ def test_what_is_lost_is_what_removal_by_hand_gives(images: Tensor) -> None:
     assert of(found, "loss_without")[6] == pytest.approx(float(without), abs=1e-5)
     assert of(found, "loss_without_direct")[6] == pytest.approx(float(direct), abs=1e-5)
     assert np.isnan(of(found, "loss_without")[0]), "without an embedding there is no model"
+
+
+@pytest.mark.parametrize("name", ["timm EVA-02", "timm BEiT", "torchvision", "vit-pytorch"])
+def test_blocks_with_positions_and_other_names(name: str, images: Tensor) -> None:
+    model = FAMILIES[name].make()
+    y = torch.arange(6) % 7
+    found = see.paths(model, images, y)
+    with torch.no_grad():
+        base = F.cross_entropy(model(images), y)
+        last = [m for m in model.get_submodule(read(model).blocks[1].attention.name).modules() if isinstance(m, nn.Linear)][-1]
+        for p in last.parameters():
+            p.zero_()
+        lost = F.cross_entropy(model(images), y) - base
+    assert of(found, "loss_without")[3] == pytest.approx(float(lost), abs=1e-4)
+    assert of(found, "accuracy_up_to")[-1] == pytest.approx(found.accuracy)
+
+
+def test_one_logit_is_two_classes(images: Tensor) -> None:
+    model: Any = small_vit(num_classes=1)
+    y = torch.arange(6) % 2
+    found = see.paths(model, images, y)
+    with torch.no_grad():
+        out = model(images)[:, 0]
+        expected = ((y * 2 - 1) * (out - model.norm.bias @ model.head.weight[0] - model.head.bias) / 2).mean()
+        assert found.accuracy == pytest.approx(float(((out > 0) == y.bool()).float().mean()))
+    assert of(found, "contribution").sum() == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+    with pytest.raises(VitreousError, match="one class an image"):
+        see.paths(model, images, torch.ones(6, 1))
 
 
 def test_nothing_is_lost_without_a_path_that_says_nothing(images: Tensor) -> None:

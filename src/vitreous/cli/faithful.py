@@ -19,6 +19,7 @@ def faithful(
     methods: Annotated[
         str | None, typer.Option(help="names with commas between, from vitreous.see.METHODS; all by default")
     ] = None,
+    multi_label: Annotated[bool, typer.Option(help="an image may have several classes: scores by sigmoid")] = False,
     json: Annotated[Path | None, typer.Option(help="also write every figure to this file; - prints it alone")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the JSON file if it exists")] = False,
 ) -> None:
@@ -45,6 +46,7 @@ def faithful(
             {n: see.METHODS[n] for n in names},
             opened.tensor(range(len(opened))),
             seed=source.seed,
+            multi_label=multi_label,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
     if printed:

@@ -17,6 +17,7 @@ def heads(
     *,
     opening: ModelOptions,
     source: DataOptions,
+    multi_label: Annotated[bool, typer.Option(help="an image may have several classes: answers by sigmoid")] = False,
     csv: Annotated[Path | None, typer.Option(help="write one row a head as CSV")] = None,
     json: Annotated[Path | None, typer.Option(help="write one row a head as JSON; - prints it alone")] = None,
     parquet: Annotated[Path | None, typer.Option(help="write one row a head as Parquet; needs pyarrow")] = None,
@@ -48,7 +49,7 @@ def heads(
     pictures = source.open(net, limit=256, labelled=False)
     found: list[Any] = []
     with progress_bar() as bar:
-        ablate = partial(head_importance, precision=precision)
+        ablate = partial(head_importance, precision=precision, multi_label=multi_label)
         for what, analysis in (("importance", ablate), ("distance", distance), ("patterns", patterns)):
             task = bar.add_task(what, total=1.0)
             with working(Work(lambda share, task=task: bar.update(task, completed=share))):

@@ -23,6 +23,7 @@ def prove(
     source: DataOptions,
     batches: Annotated[str, typer.Option(help="batch sizes to time, with commas between")] = "1,64",
     seconds: Annotated[float, typer.Option(min=0, max=86400, help="of timing, about")] = 20.0,
+    multi_label: Annotated[bool, typer.Option(help="an image may have several classes: answers by sigmoid")] = False,
     json: Annotated[Path | None, typer.Option(help="also write every figure to this file; - prints it alone")] = None,
     report: Annotated[Path | None, typer.Option(help="also write a report, one HTML file")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
@@ -55,7 +56,16 @@ def prove(
         say = lambda what, share: bar.update(task, description=what, completed=share)
         told = lambda done, total: say("looking through the data", done / max(total, 1))
         data = open_data(source.data, prepared, limit=source.limit, seed=source.seed, download=source.download, progress=told)
-        proof = prove(models, data, batches=sizes, seconds=seconds, threads=opening.threads, seed=source.seed, progress=say)
+        proof = prove(
+            models,
+            data,
+            batches=sizes,
+            seconds=seconds,
+            threads=opening.threads,
+            seed=source.seed,
+            multi_label=multi_label,
+            progress=say,
+        )
     if json is not None and not printed:
         proof.save(json)
     if report is not None:

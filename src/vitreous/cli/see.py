@@ -19,6 +19,7 @@ def see(
     opening: ModelOptions,
     method: Annotated[str, typer.Option(help="one of vitreous.see.METHODS, such as grad_cam or lrp")] = "rollout",
     target: Annotated[int | None, typer.Option(max=2**31, help="class to explain; the predicted one by default")] = None,
+    multi_label: Annotated[bool, typer.Option(help="the picture may have several classes: answers by sigmoid")] = False,
     layer: Annotated[str | None, typer.Option(help="for class activation maps: the dotted name of a module")] = None,
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
     tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
@@ -78,6 +79,8 @@ def see(
     else:
         chosen = {"layer": layer} if layer else {}
         heat = room.METHODS[method](net, x, target, **chosen)[0].cpu().numpy()
+        if not heat.any():
+            print(f"caution: {method} finds no place that speaks for it: the map is empty", file=sys.stderr)
         panels.append(overlay(shown, heat, (0.0, float(heat.max()))))
     sheet = Image.new("RGBA", (sum(p.width for p in panels) + 8 * (len(panels) - 1), panels[0].height), "white")
     left = 0
@@ -88,11 +91,18 @@ def see(
     sheet.convert("RGB").save(buffer, "PNG")
     write_whole(file, buffer.getvalue())
     if logits.ndim == 2 and not embeds(net, x):
-        best = logits[0].softmax(-1) if logits.shape[1] > 1 else logits[0].sigmoid()
-        print(f"{_class(net, int(best.argmax()), len(best))}, probability {float(best.max()):.3f}")
+        print(_said(net, logits[0], multi_label))
     print(f"{drawn} written to {file}")
     if not tokens and not tree and (failed := room.warning(method)):
         print(f"caution: {failed}", file=sys.stderr)
+
+
+def _said(net: Any, logits: Any, multi_label: bool) -> str:
+    """The class that is answered, or all that are, each with its probability."""
+    shares = logits.sigmoid() if multi_label or len(logits) == 1 else logits.softmax(0)
+    yes = (shares > 0.5).nonzero()[:, 0].tolist() if multi_label else []
+    told = sorted(yes, key=lambda k: -float(shares[k])) or [int(shares.argmax())]
+    return "\n".join(f"{_class(net, k, len(shares))}, probability {float(shares[k]):.3f}" for k in told)
 
 
 def _class(net: Any, number: int, classes: int) -> str:

@@ -89,7 +89,7 @@ class Through(nn.Module):
 
 def _copied(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
-    if any(_holds_a_module(value) for m in modules for value in vars(m).values()):
+    if any(_holds_a_module(v) for m in modules if not _compiled(m) for n, v in vars(m).items() if n != "_compiled_call_impl"):
         return model
     with torch.inference_mode(False), torch.no_grad():
         held = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values()))
@@ -98,7 +98,7 @@ def _copied(model: nn.Module) -> nn.Module:
         for m in reversed(modules):  # what is inside first
             if isinstance(m, (nn.DataParallel, DistributedDataParallel)):
                 memo[id(m)] = Through("module", copy.deepcopy(m.module, memo))
-            elif type(m).__name__ == "OptimizedModule":
+            elif _compiled(m):
                 memo[id(m)] = Through("_orig_mod", copy.deepcopy(m.get_submodule("_orig_mod"), memo))
         own = copy.deepcopy(model, memo)
     except Exception:  # a stranger's module may refuse in any way
@@ -109,6 +109,10 @@ def _copied(model: nn.Module) -> nn.Module:
             if value is True and CHECKPOINTING.search(name):
                 setattr(m, name, False)
     return own
+
+
+def _compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule"
 
 
 def _holds_a_module(value: Any) -> bool:

@@ -76,16 +76,16 @@ class Task:
 
     - `"classes"`: `[B, K]` scores, one class an image.
     - `"yes or no"`: one score an image and labels of 0 and 1: yes above 0.
-    - `"marks"`: `[B, K]` scores and labels `[B, K]` of 0 and 1: each class yes above 0.
+    - `"marks"`: `[B, K]` scores and labels `[B, K]` of 0 and 1, or no labels where asked (`multi_label`): each class yes above 0.
     - `"features"`: whatever else, one number an image without labels included; labels are left aside.
     """
 
-    def __init__(self, name: str, answer: Tensor, features: bool, labels: np.ndarray | None) -> None:
+    def __init__(self, name: str, answer: Tensor, features: bool, labels: np.ndarray | None, multi_label: bool = False) -> None:
         if features or answer.ndim > 2 or (answer.flatten(1).shape[1] == 1 and labels is None):
             self.kind = "features"
-        elif labels is not None and labels.ndim == 2:
+        elif (multi_label and labels is None) or (labels is not None and labels.ndim == 2):
             self.kind = "marks"
-            if labels.shape[1] != answer.flatten(1).shape[1]:
+            if labels is not None and labels.shape[1] != answer.flatten(1).shape[1]:
                 raise VitreousError(
                     f"the labels mark {labels.shape[1]} classes and {name!r} has {answer.flatten(1).shape[1]} outputs: "
                     "they must be the same, in the same order"
@@ -132,6 +132,7 @@ def compare(
     classes: Sequence[str] = (),
     keep: int = 64,
     seed: int = 0,
+    multi_label: bool = False,
     tick: Callable[[int], None] = lambda images: None,
 ) -> tuple[dict[str, Answers], list[str], int, Tensor]:
     """The answers of each model, cautions about the labels, the number of images, and the first `keep` images.
@@ -152,7 +153,7 @@ def compare(
             outputs = {name: call(x) for name, call in calls.items()}
             ref = outputs[reference]
             if task is None:
-                task = Task(reference, ref.answer, _embeds(models[reference], x), y)
+                task = Task(reference, ref.answer, _embeds(models[reference], x), y, multi_label)
             task.check(y, b, reference)
             if y is not None and task.kind != "features":
                 labels.append(y)
@@ -275,7 +276,9 @@ def _marks(
     outputs: dict[str, FeatureError],
     seed: int,
 ) -> Answers:
-    assert truth is not None
+    agreement = bootstrap_mean((decided == before).mean(1), seed)
+    if truth is None:
+        return Answers() if is_reference else Answers(agreement=agreement, outputs=outputs)
     right, was = decided == truth, before == truth  # [N, K]
     accuracy = bootstrap_mean(right.mean(1), seed)
     if is_reference:
@@ -287,7 +290,7 @@ def _marks(
         difference=bootstrap_mean(right.mean(1) - was.mean(1), seed),
         lost=int((was & ~right).sum()),
         gained=int((right & ~was).sum()),
-        agreement=bootstrap_mean((decided == before).mean(1), seed),
+        agreement=agreement,
         classes=sorted(damage, key=lambda c: c.difference),
         outputs=outputs,
     )

@@ -72,6 +72,7 @@ def drifts(
 def _heatmaps(model: Model, images: Tensor, explain: Explain) -> np.ndarray:
     if not isinstance(model, nn.Module):
         raise VitreousError("a shipped file has no attention to look into")
+    images = images.to(next((p.device for p in model.parameters()), images.device))
     found = torch.cat([explain(model, x).detach().float().cpu() for x in images.split(CHUNK)]).numpy()
     if not np.isfinite(found).all() or (found < 0).any():
         raise VitreousError("the explanation has negative or non-finite values")

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from .. import calibrate
 from ..copies.own import still
 from ..errors import VitreousError
 from ..outputs import embeds
@@ -87,7 +88,7 @@ class Faithfulness(Result):
 def faithfulness(
     model: nn.Module,
     explanations: Mapping[str, Explain],
-    images: Tensor,
+    images: Any,
     labels: Tensor | np.ndarray | None = None,
     boxes: Tensor | None = None,
     *,
@@ -114,13 +115,14 @@ def faithfulness(
     then the explanations are given no target. All intervals are 95 %,
     over the images; the gain over a random order is paired.
 
+    - `images`: `[B, C, H, W]`, or in another form that `vitreous.calibrate.images` takes.
     - `boxes`: `[B, 4]`, left, top, right, bottom in pixels of `images`; a row of NaN for an image without one.
     - `progress`: called with what is being done and the fraction of it that is done.
 
     Raises `VitreousError` for nothing to measure, and labels or boxes of the wrong form. An explanation that raises one, or gives
     no finite heatmaps, has it in its row.
     """
-    labels = _checked(explanations, images, labels, boxes, steps)
+    images, labels = _checked(model, explanations, images, labels, boxes, steps)
     say = progress or (lambda task, fraction: None)
     found = []
     with torch.no_grad(), still(model) as own:
@@ -143,7 +145,7 @@ def faithfulness(
                     curves.append(Curve(bootstrap_mean(area, seed), bootstrap_mean(gain, seed)))
                     say(f"{name}: insertion and deletion", (i + 1) / 2)
                 again = partial(_maps, explain, images=few, target=few_targets)
-                checked = stages(own, again, seed, partial(say, f"{name}: sanity check"))
+                checked = stages(own, again, few, seed, partial(say, f"{name}: sanity check"))
             except VitreousError as error:
                 found.append(Measure(name, error=str(error)))
                 continue
@@ -167,18 +169,22 @@ def faithfulness(
         )
 
 
-def _checked(explanations: Any, images: Any, labels: Any, boxes: Any, steps: int) -> Tensor | None:
+def _checked(
+    model: nn.Module, explanations: Any, images: Any, labels: Any, boxes: Any, steps: int
+) -> tuple[Tensor, Tensor | None]:
+    """The images on the model's device, and the labels; whatever is wrong with any of it."""
     if not explanations:
         raise VitreousError("there is nothing to measure: give at least one explanation")
-    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+    if isinstance(images, Tensor) and (images.ndim != 4 or not len(images)):
         raise VitreousError("faithfulness needs images [B, C, H, W], at least one")
+    images = calibrate.images(model, images)
     if steps < 1:
         raise VitreousError(f"steps={steps}: must be at least 1")
     labels = None if labels is None else torch.as_tensor(labels)
     for what, value, shape in (("labels", labels, [len(images)]), ("boxes", boxes, [len(images), 4])):
         if value is not None and list(value.shape) != shape:
             raise VitreousError(f"{what} must be {shape} for {len(images)} images, not {list(value.shape)}")
-    return labels
+    return images, labels
 
 
 def _score(
@@ -250,11 +256,11 @@ def _area(
 
 
 def _pointing(maps: np.ndarray, boxes: Tensor | None, size: torch.Size) -> tuple[Interval | None, float | None]:
-    if boxes is None or not (known := ~boxes.isnan().any(1).numpy()).any():
+    if boxes is None or not (known := ~boxes.isnan().any(1).cpu().numpy()).any():
         return None, None
     h, w = maps.shape[1:]
     y, x = ((np.arange(n) + 0.5) * side / n for n, side in zip((h, w), size, strict=True))
-    left, top, right, bottom = boxes.numpy()[known].T[:, :, None, None]
+    left, top, right, bottom = boxes.cpu().numpy()[known].T[:, :, None, None]
     inside = (x >= left) & (x <= right) & (y[:, None] >= top) & (y[:, None] <= bottom)  # [B, h, w]
     strongest = maps[known].reshape(len(inside), -1).argmax(1)
     hits = inside.reshape(len(inside), -1)[np.arange(len(inside)), strongest]

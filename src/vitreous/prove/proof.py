@@ -94,6 +94,7 @@ def prove(
     seconds: float = 20.0,
     threads: int | None = None,
     seed: int = 0,
+    multi_label: bool = False,
     explain: Explain | None = None,
     progress: Progress | None = None,
 ) -> Proof:
@@ -108,6 +109,7 @@ def prove(
       their error; of features `[B, D]` also the share of nearest neighbours kept.
     - `batches`: the batch sizes to time, within about `seconds` altogether (5 rounds at least) or for `rounds` rounds.
     - `threads`: for torch while it measures (None: as set). A shipped runtime has its own setting.
+    - `multi_label`: an image may have several classes; known without being told where labels are marks.
     - `explain`: `(model, x) -> heatmaps [B, h, w]` for the attention drift over the first 64 images; default rollout.
     - `progress`: called with what is being done and the fraction of it that is done.
 
@@ -129,6 +131,7 @@ def prove(
             classes=getattr(data, "classes", ()),
             keep=max(DRIFT_IMAGES, *batches),
             seed=seed,
+            multi_label=multi_label,
             tick=lambda done: say("accuracy", done / total if total else 0.0),
         )
         say("accuracy", 1.0)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.stats import rankdata
-from torch import nn
+from torch import Tensor, nn
 
 from ..anatomy import read
+from ..copies.own import run
+from ..outputs import embeds
 from .statistics import Interval, bootstrap_mean
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -27,29 +29,39 @@ class Stage:
 
 
 def stages(
-    model: nn.Module, explain: Callable[[nn.Module], np.ndarray], seed: int, tick: Callable[[float], None] = lambda share: None
+    model: nn.Module,
+    explain: Callable[[nn.Module], np.ndarray],
+    images: Tensor,
+    seed: int,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> list[Stage]:
-    """How alike the heatmaps `explain(model)` `[B, h, w]` stay while the model is randomised from the top.
+    """How alike the heatmaps `explain(model)` `[B, h, w]` of `images` stay while the model is randomised from the top.
 
     Adebayo et al., "Sanity Checks for Saliency Maps" (NeurIPS 2018), section 3, cascading: first the classifier, then the upper
-    quarter of all parameters in the order in which the model holds them, half of them, three quarters, all. There layers
+    quarter of all parameters in the order in which the model uses them, half of them, three quarters, all. There layers
     are drawn anew as before training; what that was no finished model tells, so here the entries of every parameter are
     shuffled: its scale stays, what it has learned goes. A constant heatmap is like none: correlation 0.
     """
     before, found = explain(model), []
-    for i, (name, random) in enumerate(randomised(model, seed)):
+    for i, (name, random) in enumerate(randomised(model, images, seed)):
         found.append(Stage(name, bootstrap_mean(rank_correlation(before, explain(random)), seed)))
         tick((i + 1) / (len(SHARES) + 1))
     return found
 
 
-def randomised(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
-    """A copy of `model` whose parameters are shuffled further and further down, each time with the name of the stage."""
+def randomised(model: nn.Module, images: Tensor, seed: int) -> Iterator[tuple[str, nn.Module]]:
+    """A copy of `model` whose parameters are shuffled further and further down, each time with the name of the stage.
+
+    What is up and down is seen by running `images` `[B, C, H, W]`, whatever the order in which the model holds its parts; what
+    did not run is shuffled last.
+    """
     copied = copy.deepcopy(model)
-    parameters = list(copied.parameters())[::-1]
-    head = read(model).classifier
-    top = {id(p) for p in copied.get_submodule(head).parameters()} if head else set()
-    parameters.sort(key=lambda p: id(p) not in top)  # stable: all others stay in their order
+    ran = _order(copied, images)
+    held = {id(p): p for m in reversed(ran) for p in m.parameters(recurse=False)}
+    held |= {id(p): p for p in reversed(list(copied.parameters())) if id(p) not in held}
+    head = _classifier(model, copied, images, ran)
+    top = {id(p) for p in head.parameters()} if head is not None else set()
+    parameters = sorted(held.values(), key=lambda p: id(p) not in top)  # stable: all others stay in their order
     generator = torch.Generator().manual_seed(seed)
     done = 0
     for name, end in [("classifier", len(top)), *((f"{s:.0%}", round(s * len(parameters))) for s in SHARES)]:
@@ -59,6 +71,28 @@ def randomised(model: nn.Module, seed: int) -> Iterator[tuple[str, nn.Module]]:
         done = max(done, end)
         if end:  # a model that only embeds has no classifier
             yield name, copied
+
+
+def _order(model: nn.Module, images: Tensor) -> list[nn.Module]:
+    """The modules in the order in which they begin to run."""
+    ran: dict[nn.Module, None] = {}
+    handles = [m.register_forward_pre_hook(lambda m, _: ran.setdefault(m)) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            run(model, images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(ran)
+
+
+def _classifier(model: nn.Module, copied: nn.Module, images: Tensor, ran: list[nn.Module]) -> nn.Module | None:
+    """What gives the classes: by the anatomy, else the last with weights that ran; None of a model of features."""
+    if embeds(model, images[:1]):
+        return None
+    if head := read(model).classifier:
+        return copied.get_submodule(head)
+    return next((m for m in reversed(ran) if any(p.ndim > 1 for p in m.parameters(recurse=False))), None)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

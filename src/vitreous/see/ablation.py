@@ -15,20 +15,18 @@ from ..copies.own import run
 from ..glass import glass
 from ..outputs import answer
 from .hot import Hot
-from .tail import Trunk, trunk, why_no_trunk
+from .tail import Placed, Trunk, trunk
 
 FLOATS = 2**20
 """Numbers in one residual stream of the copies that run together: their widest activation then stays near the processor."""
 
 
-def why_one_by_one(model: nn.Module, anatomy: Anatomy) -> str:
-    """Why the heads of `model` cannot be removed on a shared stream; empty if they can."""
-    if reason := why_no_trunk(model, anatomy):
-        return reason
+def why_one_by_one(own: nn.Module, anatomy: Anatomy) -> str:
+    """Why the heads of `own`, which is laid out, cannot be removed on a shared stream; empty if they can."""
     for block in anatomy.blocks:
-        attn = cast(Any, model.get_submodule(block.attention.name))
+        attn = cast(Any, own.get_submodule(block.name)).attn
         if type(attn.proj) is not nn.Linear or getattr(attn, "operands", None) is not None:
-            return f"'{block.name}' is quantized"
+            return f"'{block.name}' is quantized, or adapted"
         if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
             return f"'{block.name}' normalises all heads together"
     return ""
@@ -47,13 +45,14 @@ class AfterAttention(nn.Module):
 
 
 class HotBlock(NamedTuple):
+    placed: Placed
     whole: Hot
     rest: Hot
 
 
-def hot_blocks(model: nn.Module, anatomy: Anatomy, precision: str = "f32") -> list[HotBlock]:
-    blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
-    return [HotBlock(Hot(block, precision), Hot(AfterAttention(block), precision)) for block in blocks]
+def hot_blocks(own: nn.Module, anatomy: Anatomy, precision: str = "f32") -> list[HotBlock]:
+    blocks = [Placed(own.get_submodule(b.name)) for b in anatomy.blocks]
+    return [HotBlock(p, Hot(p, precision), Hot(AfterAttention(p.block), precision)) for p in blocks]
 
 
 def without_each_head(
@@ -63,14 +62,14 @@ def without_each_head(
 
     With its `hot_blocks`, all heads of a block reuse the stream that enters it and its attention; each head's part of the output
     projection is subtracted, and the copies run together through the blocks after. Where the classifier reads a few tokens
-    only, the last block is computed for those. `model` is as `own.still` gives it. Without, or where the model does something
-    of its own between blocks, one pass a head under `glass`.
+    only, the last block is computed for those. `model` is as `own.still` gives it, laid out for its hot blocks, and `anatomy` its
+    own. Without, or where the model does something of its own between blocks, one pass a head under `glass`.
     """
     with torch.no_grad():
         if blocks is not None:
-            with trunk(model, x, anatomy) as found:
+            with trunk(model, x, [b.placed for b in blocks], anatomy.prefix) as found:
                 if found is not None:
-                    return found.out, [_outputs(model, anatomy, found, i, blocks) for i in range(len(anatomy.blocks))]
+                    return found.out, [_outputs(found, i, blocks) for i in range(len(blocks))]
         return answer(run(model, x)), list(_one_by_one(model, x, anatomy))
 
 
@@ -87,47 +86,50 @@ def _one_by_one(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Tenso
         yield torch.stack(outputs)
 
 
-def _outputs(model: nn.Module, anatomy: Anatomy, found: Trunk, i: int, hot: Sequence[HotBlock]) -> Tensor:
-    blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
-    attn = cast(Any, blocks[i]).attn
+def _outputs(found: Trunk, i: int, hot: Sequence[HotBlock]) -> Tensor:
+    blocks = [cast(Any, b.placed.block) for b in hot]
+    attn = blocks[i].attn
     entering, last = found.stream[i], i == len(blocks) - 1
     tokens = found.reads if last else entering.shape[1]
     group = max(1, FLOATS // (attn.num_heads * entering[0].numel()))
     made = []
     # The tail is run for all images at once, since it repeats what it keeps of them.
     for x, middle in zip(entering.split(group), found.middle[i].split(group)):
-        copies = middle[:, :tokens] - branch(blocks[i], 1, _shares(blocks[i], x, tokens))  # [heads, b, tokens, C]
+        copies = middle[:, :tokens] - branch(blocks[i], 1, _shares(hot[i].placed, x, tokens))  # [heads, b, tokens, C]
         y = hot[i].rest(copies.flatten(0, 1))
         for block in hot[i + 1 : -1]:
             y = block.whole(y)
         if not last:
-            y = _read_out(blocks[-1], y, found.reads)
+            y = _read_out(hot[-1].placed, y, found.reads)
         made.append(y.unflatten(0, (attn.num_heads, -1)).clone())  # a hot block overwrites it
     out = found.tail(torch.cat(made, 1).flatten(0, 1))
     return out.unflatten(0, (attn.num_heads, -1))
 
 
-def _shares(block: Any, x: Tensor, tokens: int) -> Tensor:
+def _shares(placed: Placed, x: Tensor, tokens: int) -> Tensor:
     """What each head adds to attention's output at the first `tokens`, `[heads, B, tokens, C]`, for the stream `[B, N, C]`."""
-    attn, h = block.attn, block.norm1(x)
-    q, k, v = project(attn, h)
-    mixed = F.scaled_dot_product_attention(q[:, :, :tokens], k, v, scale=attn.scale)
+    block = cast(Any, placed.block)
+    attn, h, (turn, bias) = block.attn, block.norm1(x), placed.position(x)
+    q, k, v = project(attn, h, turn)
+    bias = None if bias is None else bias[:, :, :tokens]
+    mixed = F.scaled_dot_product_attention(q[:, :, :tokens], k, v, attn_mask=bias, scale=attn.scale)
     if getattr(attn, "gate", None) is not None:
         mixed = mixed * attn.gate(h[:, :tokens]).sigmoid().unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
     weight = attn.proj.weight.unflatten(1, (attn.num_heads, -1)).permute(1, 2, 0)  # [heads, d, C]
     return (mixed.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (len(x), tokens))
 
 
-def _read_out(block: Any, x: Tensor, tokens: int) -> Tensor:
+def _read_out(placed: Placed, x: Tensor, tokens: int) -> Tensor:
     """The first `tokens` of what a plain block gives for `[M, N, C]`; keys and values of the rest are never made.
 
     A score q·(W y) is (Wᵀq)·y, and a mean of values W y is W times the mean of y: with few queries that is far less work.
     """
+    block = cast(Any, placed.block)
     attn = block.attn
     fused = getattr(attn, "qkv", None)
-    plain_keys = isinstance(getattr(attn, "k_norm", nn.Identity()), nn.Identity)
+    plain_keys = isinstance(getattr(attn, "k_norm", nn.Identity()), nn.Identity) and placed.position(x[:1]) == (None, None)
     if tokens == x.shape[1] or type(fused) is not nn.Linear or getattr(attn, "q_bias", None) is not None or not plain_keys:
-        return block(x)[:, :tokens]
+        return placed(x)[:, :tokens]
     h = block.norm1(x)
     few, heads = h[:, :tokens], attn.num_heads
     q, _, _ = project(attn, few)

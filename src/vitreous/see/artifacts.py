@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from ..work import tick
 from .patches import grid_of, on_grid, places
-from .stream import Images, Means, batches, heads_seen, interval, side_by_side
+from .stream import Images, Means, batches, heads_seen, interval, side_by_side, tell
 
 TIMES_MEDIAN = 3.0
 SINK = 10.0
@@ -130,7 +129,7 @@ def artifacts(model: nn.Module, images: Images, cutoff: float | None = None, bat
             spots.append(on_grid(out, grid))
         of_norms.add(torch.stack(norms, 2))
         of_places.add(torch.stack(spots, 1))
-        tick(min(1.0, of_norms.n / len(images)))
+        tell(of_norms.n, images)
     assert anatomy is not None and grid is not None
     drawn = of_norms.resamples(), np.moveaxis(of_sinks.resamples(), -1, 1)
     return Artifacts(

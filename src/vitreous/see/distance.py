@@ -10,9 +10,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from ..work import tick
 from .patches import grid_of
-from .stream import Images, Means, batches, heads_seen, interval, side_by_side
+from .stream import Images, Means, batches, heads_seen, interval, side_by_side, tell
 
 MEASURES = ("distance", "entropy", "prefix")
 
@@ -93,7 +92,7 @@ def distance(model: nn.Module, images: Images, batch: int = 16, seed: int = 0) -
 
         found, _, _ = heads_seen(model, x, anatomy, grid, note)
         means.add(side_by_side(found))
-        tick(min(1.0, means.n / len(images)))
+        tell(means.n, images)
     assert anatomy is not None and grid is not None and rings is not None
     values, drawn = means.mean(), means.resamples()
     measures, drawn = np.moveaxis(values[..., -3:], -1, 0), np.moveaxis(drawn[..., -3:], -1, 1)

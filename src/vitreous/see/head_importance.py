@@ -16,9 +16,10 @@ from ..copies.own import run, still
 from ..errors import VitreousError, nearest
 from ..glass import glass
 from ..outputs import answer, embeds
-from ..work import tick
+from ..score import two
 from .ablation import HotBlock, hot_blocks, why_one_by_one, without_each_head
-from .stream import Images, Means, batches, interval, side_by_side
+from .stream import Images, Means, batches, interval, side_by_side, tell
+from .tail import lay_out
 
 ABLATED = ("loss", "accuracy", "output")
 GRADIENTS = ("taylor", "gradient_attention")
@@ -71,6 +72,7 @@ def head_importance(
     batch: int = 4,
     seed: int = 0,
     precision: str = "f32",
+    multi_label: bool = False,
 ) -> HeadImportance:
     """The importance of every head of `model`'s blocks over a data set, by pruning and by gradients, and how far they agree.
 
@@ -85,15 +87,17 @@ def head_importance(
     - "gradient_attention": Σ |A ⊙ ∂L/∂A| over queries and keys. Its signed sum is ∂L/∂ξ, so it is never below "taylor".
 
     Each is a mean over images. L is the cross-entropy with `labels`; without labels, with the model's own answers, and
-    "accuracy" is then agreement with them. One logit is taken for two classes. A model that gives features has "output", and
-    gradients of its feature along a random direction, one for each image.
+    "accuracy" is then agreement with them. One logit is taken for two classes. With `multi_label`, or marks for labels, each
+    class is a question of its own, answered by sigmoid, and all is a mean over them. A model that gives features has "output",
+    and gradients of its feature along a random direction, one for each image.
 
     Removing a head zeroes what it gives before the output projection. All heads of a block share what comes before them, in
     models of plain blocks that keep all their tokens, unquantized; others take one pass a head (`shared`, `why_not`). Blocks
     that are needed often enough run in OpenVINO.
 
     Args:
-        images: `[N, C, H, W]`, or a data set of `vt.data`, whose labels are used; `labels` `[N]` go with a tensor.
+        images: `[N, C, H, W]`, a data set of `vt.data`, a loader or what else `vitreous.calibrate.images` takes, whose labels are
+            used; `labels` `[N]`, or marks `[N, K]` of 0 and 1, go with a tensor.
         metrics: all that apply by default.
         batch: images at a time. Gradients keep all activations of a batch.
         precision: "f32", or "bf16": what runs in OpenVINO multiplies in bfloat16 on a processor that has it (others go on in
@@ -106,17 +110,18 @@ def head_importance(
     anatomy = read(model)
     if not anatomy.blocks:
         raise VitreousError(f"see.head_importance ranks attention heads, and {anatomy.kind} has none in its blocks")
-    why_not = why_one_by_one(model, anatomy)
     means, directions = Means(seed), torch.Generator().manual_seed(seed)
     chosen: tuple[str, ...] = ()
     with still(model) as own:
-        blocks = None if why_not else hot_blocks(own, anatomy, precision)
+        why_not = lay_out(own, model, anatomy) or why_one_by_one(own, anatomy)
+        laid_out = read(own)  # the same blocks, whose attention may have other names
+        blocks = None if why_not else hot_blocks(own, laid_out, precision)
         for x, y in batches(images, labels, batch, model):
             classes = not embeds(model, x)
             chosen = chosen or _chosen(metrics, classes)
-            found = _measure(own, x, y if classes else None, anatomy, chosen, classes, blocks, directions)
+            found = _measure(own, x, y if classes else None, laid_out, chosen, classes, blocks, directions, multi_label)
             means.add(torch.stack([found[m] for m in chosen], 1))
-            tick(min(1.0, means.n / len(images)))
+            tell(means.n, images)
     values, drawn = means.mean(), means.resamples()
     low, high = interval(drawn)
     exist = ~np.isnan(values[0])
@@ -155,24 +160,22 @@ def _measure(
     classes: bool,
     blocks: Sequence[HotBlock] | None,
     directions: torch.Generator,
+    multi_label: bool,
 ) -> dict[str, Tensor]:
     """For each metric `[B, layers, heads]`, NaN where there is no head."""
     found: dict[str, Tensor] = {}
+    multi_label = classes and (multi_label if y is None else y.ndim == 2)
     if set(metrics) & set(GRADIENTS):
-        found |= _gradients(model, x, y, anatomy, classes, directions)
+        found |= _gradients(model, x, y, anatomy, classes, directions, multi_label)
     if set(metrics) & set(ABLATED):
         out, removed = without_each_head(model, x, anatomy, blocks)
-        if classes:
-            out, removed = _two(out), [_two(r) for r in removed]
-        y = out.argmax(1) if y is None and classes else y
-        layers = [_lost(out, without, y) for without in removed]
+        if classes and not multi_label:
+            out, removed = two(out), [two(r) for r in removed]
+        if y is None and classes:
+            y = (out > 0).long() if multi_label else out.argmax(1)
+        layers = [(_lost_marks if multi_label else _lost)(out, without, y) for without in removed]
         found |= {m: side_by_side([layer[m] for layer in layers]) for m in layers[0]}
     return found
-
-
-def _two(out: Tensor) -> Tensor:
-    """One logit `[…, 1]` says whether or not: as two classes, of which the first has 0. More stay as they are."""
-    return F.pad(out, (1, 0)) if out.shape[-1] == 1 else out
 
 
 def _lost(out: Tensor, without: Tensor, y: Tensor | None) -> dict[str, Tensor]:
@@ -189,15 +192,37 @@ def _lost(out: Tensor, without: Tensor, y: Tensor | None) -> dict[str, Tensor]:
     }
 
 
+def _lost_marks(out: Tensor, without: Tensor, y: Tensor | None) -> dict[str, Tensor]:
+    """As `_lost`, for labels `[B, K]` that say of each class whether it is there."""
+    assert y is not None
+    truth, p = y.to(out).expand_as(without), out.sigmoid()
+    loss = F.binary_cross_entropy_with_logits
+    by_model = loss(without, p.expand_as(without), reduction="none") - loss(out, p, reduction="none")
+    return {
+        "loss": (loss(without, truth, reduction="none") - loss(out, y.to(out), reduction="none")).mean(2).T,
+        "accuracy": (((out > 0) == (y > 0)).float() - ((without > 0) == (truth > 0)).float()).mean(2).T,
+        "output": by_model.mean(2).T,
+    }
+
+
 def _gradients(
-    model: nn.Module, x: Tensor, y: Tensor | None, anatomy: Anatomy, classes: bool, directions: torch.Generator
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    anatomy: Anatomy,
+    classes: bool,
+    directions: torch.Generator,
+    multi_label: bool,
 ) -> dict[str, Tensor]:
     names = [b.attention.name for b in anatomy.blocks]
     # The images ask for gradients, so that a frozen model has them too; its weights' are never computed.
     with torch.inference_mode(False), torch.enable_grad(), glass(model, layers=names, grad=True) as g:
         out = answer(run(model, x.clone().requires_grad_()))
-        if classes:
-            out = _two(out)
+        if multi_label:
+            truth = (out > 0).float() if y is None else y.to(out)
+            loss = F.binary_cross_entropy_with_logits(out, truth, reduction="none").mean(1).sum()
+        elif classes:
+            out = two(out)
             loss = F.cross_entropy(out, out.argmax(1) if y is None else y, reduction="sum")
         else:
             way = F.normalize(torch.randn(out.shape, generator=directions).flatten(1), dim=1).view_as(out)

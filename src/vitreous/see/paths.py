@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from ..anatomy.parts import branch
 from ..copies.own import still
 from ..errors import VitreousError
 from ..outputs import embeds
-from ..work import tick
-from .stream import Images, Means, batches, interval
-from .tail import Trunk, trunk, why_no_trunk
+from ..score import two
+from .stream import Images, Means, batches, interval, tell
+from .tail import Placed, Trunk, lay_out, trunk
 
 MEASURES = (
     "contribution", "loss_without_direct", "accuracy_without_direct", "loss_without", "accuracy_without",
@@ -76,19 +76,23 @@ def paths(model: nn.Module, images: Images, labels: Tensor | None = None, batch:
 
     Raises `VitreousError` for a model without classes, or whose blocks are not plain, drop tokens, or are not one chain.
     """
-    anatomy = _chain(model, "see.paths")
+    anatomy = read(model)
     means, right = Means(seed), 0
     with torch.no_grad(), still(model) as own:
+        blocks = _chain(own, model, anatomy, "see.paths")
         for x, y in batches(images, labels, batch, model):
             if not means.n and embeds(model, x):
                 raise VitreousError(
                     f"see.paths needs a classifier, and this {anatomy.kind} gives features: open it with num_classes="
                 )
-            with _opened(own, x, anatomy) as found:
+            with _opened(own, x, anatomy, blocks) as one:
+                found = replace(one, out=two(one.out), tail=lambda last, one=one: two(one.tail(last)))
                 y = found.out.argmax(1) if y is None else y
+                if y.ndim != 1:
+                    raise VitreousError("see.paths needs one class an image, and these labels mark several: leave them out")
                 right += int((found.out.argmax(1) == y).sum())
-                means.add(_measure(own, anatomy, found, y))
-            tick(min(1.0, means.n / len(images)))
+                means.add(_measure(blocks, found, y))
+            tell(means.n, images)
     names = ("embedding", *(f"{b.name}.{part}" for b in anatomy.blocks for part in ("attn", "mlp")))
     return Paths(means.n, names, right / means.n, means.mean(), *interval(means.resamples()))
 
@@ -98,25 +102,26 @@ def without_paths(model: nn.Module, x: Tensor, lengths: Iterable[int]) -> Tensor
 
     Raises `VitreousError` as `paths` does, and for a length that no path has.
     """
-    anatomy = _chain(model, "see.without_paths")
-    with torch.no_grad(), still(model) as own, _opened(own, x, anatomy) as found:
-        said = _said(found)
-        if wrong := [n for n in lengths if not 0 <= n < len(said)]:
-            raise VitreousError(f"see.without_paths: paths have lengths 0 to {len(said) - 1}, there is none of {wrong[0]}")
-        last = found.stream[-1][:, : found.reads]
-        return found.tail(last - sum((said[n] for n in set(lengths)), torch.zeros_like(last)))
-
-
-def _chain(model: nn.Module, purpose: str) -> Anatomy:
     anatomy = read(model)
-    if reason := why_no_trunk(model, anatomy):
+    with torch.no_grad(), still(model) as own:
+        blocks = _chain(own, model, anatomy, "see.without_paths")
+        with _opened(own, x, anatomy, blocks) as found:
+            said = _said(found)
+            if wrong := [n for n in lengths if not 0 <= n < len(said)]:
+                raise VitreousError(f"see.without_paths: paths have lengths 0 to {len(said) - 1}, there is none of {wrong[0]}")
+            last = found.stream[-1][:, : found.reads]
+            return found.tail(last - sum((said[n] for n in set(lengths)), torch.zeros_like(last)))
+
+
+def _chain(own: nn.Module, model: nn.Module, anatomy: Anatomy, purpose: str) -> list[Placed]:
+    if reason := lay_out(own, model, anatomy):
         raise VitreousError(f"{purpose} needs plain blocks that keep all tokens: {reason}")
-    return anatomy
+    return [Placed(own.get_submodule(b.name)) for b in anatomy.blocks]
 
 
 @contextmanager
-def _opened(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk]:
-    with trunk(model, x, anatomy) as found:
+def _opened(own: nn.Module, x: Tensor, anatomy: Anatomy, blocks: list[Placed]) -> Iterator[Trunk]:
+    with trunk(own, x, blocks, anatomy.prefix) as found:
         if found is None:
             raise VitreousError(f"{anatomy.kind} does something of its own between its blocks: they are not one sum of paths")
         yield found
@@ -131,7 +136,7 @@ def _said(found: Trunk) -> list[Tensor]:
     return said
 
 
-def _measure(model: nn.Module, anatomy: Anatomy, found: Trunk, y: Tensor) -> Tensor:
+def _measure(blocks: list[Placed], found: Trunk, y: Tensor) -> Tensor:
     """`[B, 7, paths]`."""
     said, last = _said(found), found.stream[-1][:, : found.reads]
     base = F.cross_entropy(found.out, y, reduction="none"), (found.out.argmax(1) == y).float()
@@ -145,21 +150,20 @@ def _measure(model: nn.Module, anatomy: Anatomy, found: Trunk, y: Tensor) -> Ten
         up_to = up_to + own
         direct, whole = lost(found.tail(last - own)), (torch.full_like(base[0], torch.nan),) * 2
         if length:
-            whole = lost(found.tail(_skip(model, anatomy, found, *divmod(length - 1, 2))))
+            whole = lost(found.tail(_skip(blocks, found, *divmod(length - 1, 2))))
         sums = [(found.tail(s).argmax(1) == y).float() for s in (up_to, last - up_to)]
         columns.append(torch.stack([(own * slope).sum((1, 2)), *direct, *whole, *sums], 1))
     return torch.stack(columns, 2)
 
 
-def _skip(model: nn.Module, anatomy: Anatomy, found: Trunk, block: int, part: int) -> Tensor:
+def _skip(blocks: list[Placed], found: Trunk, number: int, part: int) -> Tensor:
     """The last stream when the attention (`part` 0) or the MLP (1) of a block adds nothing."""
-    blocks: list[Any] = [model.get_submodule(b.name) for b in anatomy.blocks]
     if part:
-        x = found.middle[block]
+        x = found.middle[number]
     else:
-        x = found.stream[block]
-        x = x + branch(blocks[block], 2, blocks[block].mlp(blocks[block].norm2(x)))
-    for later in blocks[block + 1 :]:
+        x, block = found.stream[number], cast(Any, blocks[number].block)
+        x = x + branch(block, 2, block.mlp(block.norm2(x)))
+    for later in blocks[number + 1 :]:
         x = later(x)
     return x[:, : found.reads]
 
@@ -173,17 +177,21 @@ def _slope(found: Trunk, last: Tensor, y: Tensor) -> Tensor:
 
 
 class _HeldNorm(TorchFunctionMode):
-    """Layer norms divide by a constant: with the statistics of the point held, the way to the logits is linear."""
+    """Norms divide by a constant: with the statistics of the point held, the way to the logits is linear."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not F.layer_norm:
-            return func(*args, **(kwargs or {}))
-        return _held_norm(*args, **(kwargs or {}))
+        if func in (F.layer_norm, F.rms_norm):
+            return _held_norm(func is F.layer_norm, *args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        return out.detach() if func.__name__ in ("rsqrt", "sqrt") else out  # of a norm that is written out
 
 
-def _held_norm(x: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-    axes = tuple(range(-len(shape), 0))
-    x = x - x.mean(axes, keepdim=True)
+def _held_norm(
+    centred: bool, input: Tensor, normalized_shape: list[int], weight: Any = None, bias: Any = None, eps: float | None = 1e-5
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    x = input - input.mean(axes, keepdim=True) if centred else input
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     y = x / (x.detach().square().mean(axes, keepdim=True) + eps).sqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias

@@ -11,11 +11,12 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 
+from .. import calibrate
 from ..errors import VitreousError
 from ..work import tick
 from .distance import hops_and_pixels
 from .patches import grid_of
-from .stream import Images, batches, heads_seen, side_by_side
+from .stream import Images, batches, heads_seen, side_by_side, tell
 
 COMPASS = {
     (0, -1): "left", (0, 1): "right", (-1, 0): "up", (1, 0): "down",
@@ -95,7 +96,8 @@ def patterns(model: nn.Module, images: Images, clusters: int = 8, batch: int = 1
     """
     if clusters < 1:
         raise VitreousError(f"clusters must be at least 1, not {clusters}")
-    wanted = set(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int).tolist())
+    known = calibrate.count(images)
+    wanted = set(np.linspace(0, known - 1, min(SAMPLE, known)).round().astype(int).tolist()) if known else set(range(SAMPLE))
     anatomy = grid = None
     total: Any = 0.0  # sums over images, and the numbers of images in which a query asked
     samples, seen = [], 0
@@ -121,7 +123,7 @@ def patterns(model: nn.Module, images: Images, clusters: int = 8, batch: int = 1
             one = side_by_side([f[i - seen : i - seen + 1] for f in found])[0].cpu().double()
             samples.append(_summary(one, queries.cpu(), grid)[1].flatten(0, 1).float())
         seen += len(x)
-        tick(min(1.0, 0.9 * seen / len(images)))
+        tell(int(0.9 * seen), images)
     assert anatomy is not None and grid is not None
     total, queries = total.cpu(), torch.linspace(0, grid[0] * grid[1] - 1, min(QUERIES, grid[0] * grid[1])).round().long()
     offsets, summary = _summary(total, queries, grid)

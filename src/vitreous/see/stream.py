@@ -6,56 +6,64 @@ Nothing here grows with the number of images.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
+from .. import calibrate
+from ..anatomy import Anatomy, read
 from ..blocks import Reduction, traced
 from ..copies.own import run, still
 from ..errors import VitreousError
 from ..glass import glass
+from ..work import tick
 from .patches import check_images, places, shares
+from .tail import lay_out
 
 RESAMPLES = 1000
 TAILS = (2.5, 97.5)
 
 
-class Source(Protocol):
-    """A data set such as `vt.data.open_data` gives."""
-
-    def __len__(self) -> int: ...
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor | None]]: ...
-
-
-Images = Tensor | Source
+Images = Any  # in the forms of `vitreous.calibrate.images`: tensors, arrays, lists, loaders, data sets of `vt.data`
 
 
 def batches(images: Images, labels: Tensor | None, size: int, model: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """`(x [b, C, H, W], y [b] or None)` on the model's device, at most `size` at a time.
+    """`(x [b, C, H, W], y [b] or None)` on the model's device, at most `size` at a time; what comes with labels brings its own.
 
-    A data set brings its own labels. Raises `VitreousError` when `images` is neither `[N, C, H, W]` nor a data set, or when
-    `labels` is not one class number for each image.
+    Raises `VitreousError` for what is no images, or not prepared for the model (`vitreous.calibrate.images`), and when `labels`
+    are not one class number for each image.
     """
     if size < 1:
         raise VitreousError(f"batch must be at least 1, not {size}")
-    if isinstance(images, Tensor) or not hasattr(images, "batches"):
+    if isinstance(images, Tensor):
         check_images(images)
-        assert isinstance(images, Tensor)
-        if labels is not None and list(labels.shape) != [len(images)]:
+    elif labels is not None and not isinstance(images, (np.ndarray, list)):
+        raise VitreousError("a data set has its own labels: give labels= with images only")
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.ndim not in (1, 2) or len(labels) != len(images):
             raise VitreousError(f"labels {list(labels.shape)} do not fit {len(images)} images: one class number each")
-        of_each: Sequence[Tensor | None] = [None] * len(images) if labels is None else labels.split(size)
-        pairs: Iterable[tuple[Tensor, Tensor | None]] = zip(images.split(size), of_each, strict=False)
-    elif labels is not None:
-        raise VitreousError("a data set has its own labels: give labels= with a tensor of images only")
-    else:
-        pairs = images.batches(size)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for x, y in pairs:
+    prepared = hasattr(images, "batches")
+    given: Iterator[Any] = cast(Any, images).batches(size) if prepared else calibrate.batches(images, size)
+    done = 0
+    for x, y in given:
+        if not done and not prepared:
+            calibrate.judge(model, x.to(device))
+        y = y if labels is None else labels[done : done + len(x)]
+        done += len(x)
         yield x.to(device), None if y is None else y.to(device)
+    if not done:
+        raise VitreousError("there are no images: give at least one")
+
+
+def tell(done: int, images: Images) -> None:
+    """Progress, where it is known how many images there are."""
+    if total := calibrate.count(images):
+        tick(min(1.0, done / total))
 
 
 def heads_seen(
@@ -76,8 +84,11 @@ def heads_seen(
     Raises `VitreousError` for a layer that does not attend over the whole sequence (windows, pooled keys, channels).
     """
     tokens = anatomy.prefix + grid[0] * grid[1]
-    names = [b.attention.name for b in anatomy.blocks]
     with torch.no_grad(), still(model) as own, traced(own) as trace:
+        # Pairs of attention and MLP in a list are no modules that run (vit-pytorch): of such blocks nothing could be recorded.
+        if "block" in record and any(isinstance(own.get_submodule(b.name), nn.ModuleList) for b in anatomy.blocks):
+            lay_out(own, model, anatomy)
+        names = [b.attention.name for b in read(own).blocks]
 
         def whole(a: Tensor) -> Tensor:
             left = trace[-1].tokens if trace else tokens

@@ -1,19 +1,41 @@
-"""Run only what comes after the last block of a model."""
+"""Run the blocks of a model one by one, and only what comes after the last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy
+from ..anatomy.positions import Turn
+from ..blocks import PlainBlock, plain_blocks
 from ..copies.own import run
 from ..errors import VitreousError
 from ..outputs import answer
+
+
+class Placed(nn.Module):
+    """A block as a function of its stream alone: what else its model hands it (angles, a bias) is `given`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        args, kwargs = self.given
+        return self.block(x, *args, **kwargs)
+
+    def position(self, x: Tensor) -> tuple[Turn | None, Tensor | None]:
+        """The angles of each token of the stream `x` `[B, N, C]`, and what is added to their scores."""
+        if not isinstance(self.block, PlainBlock):
+            return None, None
+        args, kwargs = self.given
+        return self.block.entering(x, *args, **kwargs)[1:]
 
 
 @dataclass(frozen=True)
@@ -31,54 +53,77 @@ class Trunk:
     reads: int
 
 
-def why_no_trunk(model: nn.Module, anatomy: Anatomy) -> str:
-    """Why the blocks of `model` cannot be run one by one on one stream of tokens; empty if they can."""
+def lay_out(own: nn.Module, model: nn.Module, anatomy: Anatomy) -> str:
+    """Make the blocks of `own`, a copy of the modules of `model`, such that they run one by one on one stream of tokens.
+
+    Gives why they cannot; empty if they can. Blocks whose parts have other names, or that are handed positions, become ours.
+    """
     if not anatomy.blocks:
         return f"{anatomy.kind} has no attention"
     for block in anatomy.blocks:
         if not block.plain:
             return f"'{block.name}' is not plain: {block.why_not}"
-        if block.attention.position != "absolute" or not block.own_names:
-            return f"'{block.name}' has positions in its attention, or parts with other names"
         if len(getattr(model.get_submodule(block.name), "reducers", ())):
             return f"'{block.name}' drops or merges tokens"
+    if any(b.attention.position != "absolute" or not b.own_names for b in anatomy.blocks):
+        if own is model:
+            return f"the modules of {anatomy.kind} refuse to be copied"
+        plain_blocks(own, "this analysis")
     return ""
 
 
 @contextmanager
-def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | None]:
-    """The stream of `model`, as `own.still` gives it, on images `x`; None for a model that does something between its blocks.
+def trunk(own: nn.Module, x: Tensor, blocks: list[Placed], prefix: int) -> Iterator[Trunk | None]:
+    """The stream of a model that is laid out, on images `x`; None for one that does something between its blocks.
 
-    To run the tail, the forwards of patch embedding and blocks are shadowed by ones that do nothing while it runs.
+    `prefix`: so many first tokens are perhaps all that is read.
+
+    To run the tail, the forwards of the blocks, and of what was done before them, are shadowed while it runs by ones that do
+    nothing, and give what they gave.
     """
-    blocks = [model.get_submodule(b.name) for b in anatomy.blocks]
-    embed = getattr(model, "patch_embed", None)
+    inner = [cast(Any, b.block) for b in blocks]
+    inside = {m for b in inner for m in b.modules()}
     before: list[Any] = []
     after: list[Any] = []
     middle: list[Tensor] = []
-    embedded: list[Any] = []
-    handles = [b.register_forward_pre_hook(lambda _, args: before.append(args[0])) for b in blocks]
-    handles += [b.register_forward_hook(lambda _, args, out: after.append(out)) for b in blocks]
-    handles += [b.get_submodule("norm2").register_forward_pre_hook(lambda _, args: middle.append(args[0])) for b in blocks]
-    if isinstance(embed, nn.Module):
-        handles.append(embed.register_forward_hook(lambda _, args, out: embedded.append(out)))
+    ahead: dict[nn.Module, Tensor] = {}  # what ended before the first block began, by the outermost module
+
+    def entered(placed: Placed) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next(k for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor))
+            before.append(args[first] if isinstance(first, int) else kwargs[first])
+            placed.given = args[1:], {k: v for k, v in kwargs.items() if k != first}
+
+        return hook
+
+    def ended(module: nn.Module, _: Any, out: Any) -> None:
+        if not before and isinstance(out, Tensor) and next(module.parameters(), None) is not None:
+            for child in module.modules():
+                ahead.pop(child, None)
+            ahead[module] = out.clone()  # some models go on in place
+
+    handles = [b.block.register_forward_pre_hook(entered(b), with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(lambda _, args, out: after.append(out)) for b in inner]
+    handles += [b.norm2.register_forward_pre_hook(lambda _, args: middle.append(args[0])) for b in inner]
+    handles += [m.register_forward_hook(ended) for m in own.modules() if m not in inside and m is not own]
     try:
-        out = answer(run(model, x))
+        out = answer(run(own, x))
     finally:
         for handle in handles:
             handle.remove()
     joined = len(before) == len(after) == len(blocks) and all(a is b for a, b in zip(after, before[1:]))
 
     def tail(last: Tensor) -> Tensor:
-        times = len(last) // len(x)
-        forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(b, lambda s, *_, **__: s) for b in blocks[:-1]]
-        forwards.append((blocks[-1], lambda *_, **__: last))
-        if isinstance(embed, nn.Module) and len(embedded) == 1 and isinstance(embedded[0], Tensor):
-            forwards.append((embed, lambda *_: embedded[0].repeat(times, *[1] * (embedded[0].ndim - 1))))
+        return torch.cat([one(part) for part in last.split(len(x))])
+
+    def one(last: Tensor) -> Tensor:
+        forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(m, lambda *_, y=y, **__: y.clone()) for m, y in ahead.items()]
+        forwards += [(b, lambda s, *_, **__: s) for b in inner[:-1]]
+        forwards.append((inner[-1], lambda *_, **__: last))
         try:
             for module, forward in forwards:
                 module.forward = forward
-            return answer(run(model, x.repeat(times, 1, 1, 1)))
+            return answer(run(own, x))
         finally:
             for module, _ in forwards:
                 module.__dict__.pop("forward", None)
@@ -92,5 +137,4 @@ def trunk(model: nn.Module, x: Tensor, anatomy: Anatomy) -> Iterator[Trunk | Non
     if not joined or not same(whole := after[-1].shape[1]):
         yield None
         return
-    prefix = anatomy.prefix
     yield Trunk([*before, after[-1]], middle, out, tail, prefix if prefix and same(prefix) else whole)

@@ -108,7 +108,7 @@ class Opened:
         """What the model says of a picture, `[K]` logits; empty for a model without classes."""
         if not getattr(self.net, "num_classes", 0):
             return ""
-        best = logits.softmax(0).topk(min(3, len(logits)))
+        best = (logits.softmax(0) if len(logits) > 1 else logits.sigmoid()).topk(min(3, len(logits)))
         names = self.data.classes if len(self.data.classes) == len(logits) else [f"class {k}" for k in range(len(logits))]
         return "Answer: " + ", ".join(f"{names[int(k)]} {100 * float(p):.1f} %" for p, k in zip(*best, strict=True))
 
