@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import command
 
 import vitreous as vt
+from vitreous.data.transform import preparation
 from vitreous.see import methods
 
 
@@ -42,6 +44,23 @@ def test_methods_and_classes(photo: Path, monkeypatch: pytest.MonkeyPatch, capsy
         status, _, error = command(monkeypatch, capsys, "see", str(photo), *options, "--out", str(photo.with_name("no.png")))
         assert status == 2 and match in error.splitlines()[-1] and "Traceback" not in error
     assert not photo.with_name("no.png").exists()
+
+
+def test_a_picture_may_have_several_classes(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = vt.open()
+    with torch.no_grad():
+        prepared = preparation(model)
+        logits = model(prepared.to_tensor(Image.open(photo).convert(prepared.mode))[None])[0]
+    _, one, _ = command(monkeypatch, capsys, "see", str(photo), "--method", "attention")
+    _, several, _ = command(monkeypatch, capsys, "see", str(photo), "--method", "attention", "--multi-label", "--overwrite")
+    assert [line.count("probability") for line in (one, several)] == [1, max(1, int((logits > 0).sum()))]
+    assert f"{float(logits.sigmoid().max()):.3f}" in several and "(class" in several
+    _, said, error = command(
+        monkeypatch, capsys, "faithful", "--limit", "2", "--methods", "attention", "--multi-label", "--json", "-"
+    )
+    assert "sigmoid" in json.loads(said)["score"], error
 
 
 def test_a_failed_sanity_check_is_said(photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,3 +165,14 @@ def test_bad_models(x: Tensor) -> None:
     for odd in (lambda x: "cat", lambda x: {"text": "cat"}, lambda x: x.sum(), lambda x: x[:1]):
         with pytest.raises(VitreousError, match=r"model 'odd' (gives|fails)"):
             answers({"a": Head(5), "odd": odd}, x)
+
+
+def test_several_classes_without_labels_are_known_when_told(x: Tensor) -> None:
+    """Each class is a question; the largest score alone says nothing of the others."""
+    a, b = Head(6), Head(6, seed=1)
+    found, _ = answers({"a": a, "b": b}, x, multi_label=True)
+    with torch.no_grad():
+        alike = ((a(x) > 0) == (b(x) > 0)).float().mean()
+    assert found.agreement is not None and found.agreement.value == pytest.approx(float(alike)) and found.accuracy is None
+    other, _ = answers({"a": a, "b": b}, x)
+    assert other.agreement is not None and other.agreement.value != found.agreement.value

@@ -92,7 +92,7 @@ def test_one_logit_is_two_classes(images: Tensor) -> None:
         assert found.accuracy == pytest.approx(float(((out > 0) == y.bool()).float().mean()))
     assert of(found, "contribution").sum() == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
     with pytest.raises(VitreousError, match="one class an image"):
-        see.paths(model, images, torch.ones(6, 1))
+        see.paths(small_vit(), images, torch.ones(6, 7))
 
 
 def test_nothing_is_lost_without_a_path_that_says_nothing(images: Tensor) -> None:

@@ -79,6 +79,13 @@ def test_what_is_odd_is_told() -> None:
         see.distance(small_vit(depth=1), X.abs())
 
 
-def test_the_same_tensor_is_not_judged_as_labels(images: Tensor) -> None:
+def test_what_brings_labels_takes_no_others() -> None:
     with pytest.raises(VitreousError, match="has its own labels"):
         see.head_importance(small_vit(depth=1), LABELLED["a loader"](), Y)
+
+
+@pytest.mark.parametrize("labels", [Y + 2, Y - 1, Y + 0.5, torch.ones(6, 3), torch.full((6, 7), 2)])
+def test_labels_that_do_not_fit(labels: Tensor) -> None:
+    for analyse in (see.head_importance, see.paths):
+        with pytest.raises(VitreousError, match="labels must be class"):
+            analyse(small_vit(depth=1), X, labels)

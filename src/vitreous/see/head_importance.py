@@ -18,7 +18,7 @@ from ..glass import glass
 from ..outputs import answer, embeds
 from ..score import two
 from .ablation import HotBlock, hot_blocks, why_one_by_one, without_each_head
-from .stream import Images, Means, batches, interval, side_by_side, tell
+from .stream import Images, Means, batches, fitting, interval, side_by_side, tell
 from .tail import lay_out
 
 ABLATED = ("loss", "accuracy", "output")
@@ -171,8 +171,8 @@ def _measure(
         out, removed = without_each_head(model, x, anatomy, blocks)
         if classes and not multi_label:
             out, removed = two(out), [two(r) for r in removed]
-        if y is None and classes:
-            y = (out > 0).long() if multi_label else out.argmax(1)
+        if classes:
+            y = ((out > 0).long() if multi_label else out.argmax(1)) if y is None else fitting(y, out)
         layers = [(_lost_marks if multi_label else _lost)(out, without, y) for without in removed]
         found |= {m: side_by_side([layer[m] for layer in layers]) for m in layers[0]}
     return found
@@ -219,11 +219,11 @@ def _gradients(
     with torch.inference_mode(False), torch.enable_grad(), glass(model, layers=names, grad=True) as g:
         out = answer(run(model, x.clone().requires_grad_()))
         if multi_label:
-            truth = (out > 0).float() if y is None else y.to(out)
+            truth = (out > 0).float() if y is None else fitting(y, out).to(out)
             loss = F.binary_cross_entropy_with_logits(out, truth, reduction="none").mean(1).sum()
         elif classes:
             out = two(out)
-            loss = F.cross_entropy(out, out.argmax(1) if y is None else y, reduction="sum")
+            loss = F.cross_entropy(out, out.argmax(1) if y is None else fitting(y, out), reduction="sum")
         else:
             way = F.normalize(torch.randn(out.shape, generator=directions).flatten(1), dim=1).view_as(out)
             loss = (way.to(out) * out).sum()

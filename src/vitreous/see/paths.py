@@ -19,7 +19,7 @@ from ..copies.own import still
 from ..errors import VitreousError
 from ..outputs import embeds
 from ..score import two
-from .stream import Images, Means, batches, interval, tell
+from .stream import Images, Means, batches, fitting, interval, tell
 from .tail import Placed, Trunk, lay_out, trunk
 
 MEASURES = (
@@ -87,7 +87,7 @@ def paths(model: nn.Module, images: Images, labels: Tensor | None = None, batch:
                 )
             with _opened(own, x, anatomy, blocks) as one:
                 found = replace(one, out=two(one.out), tail=lambda last, one=one: two(one.tail(last)))
-                y = found.out.argmax(1) if y is None else y
+                y = found.out.argmax(1) if y is None else fitting(y, found.out)
                 if y.ndim != 1:
                     raise VitreousError("see.paths needs one class an image, and these labels mark several: leave them out")
                 right += int((found.out.argmax(1) == y).sum())

@@ -60,6 +60,16 @@ def batches(images: Images, labels: Tensor | None, size: int, model: nn.Module) 
         raise VitreousError("there are no images: give at least one")
 
 
+def fitting(y: Tensor, out: Tensor) -> Tensor:
+    """Labels `[B]`, or marks `[B, K]`, for outputs `[B, K]`; a `VitreousError` where they are not."""
+    if y.is_floating_point() and not torch.equal(y, y.round()):
+        raise VitreousError("labels must be class numbers, or marks of 0 and 1, not quantities")
+    most = out.shape[1] - 1 if y.ndim == 1 else 1
+    if (y.ndim == 2 and y.shape[1] != out.shape[1]) or int(y.min()) < 0 or int(y.max()) > most:
+        raise VitreousError(f"labels must be classes 0 to {out.shape[1] - 1}, or marks [B, {out.shape[1]}] of 0 and 1")
+    return y.long()
+
+
 def tell(done: int, images: Images) -> None:
     """Progress, where it is known how many images there are."""
     if total := calibrate.count(images):
