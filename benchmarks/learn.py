@@ -84,7 +84,8 @@ def queue(a: argparse.Namespace) -> None:
 
 
 def table(name: str, scale: str, runs: dict[str, Any]) -> str:
-    """Arms by figures, means over the seeds; the first figure against the baseline's, paired by seed, Student's t, 95 %."""
+    """Arms by figures, means over the seeds; the first figure against the baseline's: paired by seed (Student's t, 95 %), or of
+    fewer than three seeds by the test images alone, as if they were not the same, which is wider than paired."""
     seeds = sorted(runs, key=int)
     arms = runs[seeds[0]]["arms"]
     figures = list(dict.fromkeys(k for arm in arms.values() for k in arm if k != "gradients"))
@@ -95,12 +96,18 @@ def table(name: str, scale: str, runs: dict[str, Any]) -> str:
         apart = values[arm][first] - values[baseline][first]
         n, shown = len(seeds), "–"
         if arm != baseline and not arm.startswith("("):
-            half = student_t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5 if n > 1 else float("nan")
+            if n > 2:
+                half = student_t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5
+            else:
+                shares = [values[a][first].mean() / 100 for a in (arm, baseline)]
+                half = 196 * (sum(p * (1 - p) for p in shares) / SCALES[scale].test / n) ** 0.5
             shown = f"{apart.mean():+.1f} [{apart.mean() - half:+.1f}, {apart.mean() + half:+.1f}]"
         cost = f"{found['gradients']:g} ×" if "gradients" in found else "–"
         rest = " | ".join("–" if np.isnan(v := values[arm][k].mean()) else f"{v:.3g}" for k in figures[1:])
         rows.append(f"| {arm} | {cost} | {values[arm][first].mean():.1f} | {shown} | {rest} |")
-    return "\n".join([*rows, "", f"{len(seeds)} seeds, scale `{scale}`, {stamp_of(runs)}."])
+    kind = "paired by seed" if len(seeds) > 2 else "of the test images alone, without what another seed would change"
+    said = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}; intervals {kind}; scale"
+    return "\n".join([*rows, "", f"{said} `{scale}`, {stamp_of(runs)}."])
 
 
 def stamp_of(runs: dict[str, Any]) -> str:
