@@ -99,13 +99,17 @@ class Bench:
 
     def teach(self, model: nn.Module, data: Pair, objective: Any = (), optimiser: Any = None, **given: Any) -> nn.Module:
         """Train a copy; `times` as many epochs as the plain run, and the other arguments are those of `vt.train`."""
+        return vt.train(model, data, objective, optimiser, **self._given(data, given)).to(self.device)
+
+    def heal(self, model: nn.Module, teacher: nn.Module, data: Pair, **given: Any) -> nn.Module:
+        return vt.heal(model, teacher, data, **self._given(data, given)).to(self.device)
+
+    def _given(self, data: Pair, given: dict[str, Any]) -> dict[str, Any]:
         s = self.scale
-        cuda = self.device == "cuda"
-        given = dict(batch=min(s.batch, len(data[0])), augment="shift", warmup=0.1) | given
-        if cuda:
+        given = dict(batch=min(s.batch, len(data[0])), augment="shift", warmup=0.1, times=1.0) | given
+        if self.device == "cuda":
             given = dict(accelerator="cuda", precision="bf16-mixed", compiled=True) | given
-        epochs = s.epochs * given.pop("times", 1.0)
-        return vt.train(model, data, objective, optimiser, epochs=epochs, **given).to(self.device)
+        return given | {"epochs": s.epochs * given.pop("times")}
 
     def cnn(self, seed: int, data: Pair | None = None, name: str = "cnn", **given: Any) -> nn.Module:
         """A small CNN trained on `data` (by default on what the students learn from): kept in a file, for all who need it."""

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vitreous as vt
@@ -70,6 +71,34 @@ def test_train_twice_and_merge(photos, tmp_path, monkeypatch, capsys):
         assert status == 2 and said in err.replace("\n", " "), err
 
 
+def test_models_that_do_not_go_together(photos, tmp_path, monkeypatch, capsys):
+    """A teacher of other classes, merging of other shapes, another base, an objective for another architecture."""
+    files = {}
+    for name, arguments in (
+        ("three", {"num_classes": 3}),
+        ("five", {"num_classes": 5}),
+        ("deep", {"num_classes": 3, "depth": 3}),
+    ):
+        size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | arguments
+        files[name] = tmp_path / f"{name}.safetensors"
+        vt.save(vt.open("vit_tiny_patch16_224", **size), files[name])
+    three, five, deep = files.values()
+    data, out = ["--data", photos], ["--out", tmp_path / "made"]
+    for words, said in (
+        (["train", three, "--teacher", five, "--batch", 16, *data, *out], "give a teacher of the same classes"),
+        (["train", three, "--teacher", deep, "--objective", "FRD()", "--batch", 16, *data, *out], "TokenSlimming first"),
+        (["train", three, "--teacher", five, "--objective", "DeiTLT()", "--batch", 16, *data, *out], "distillation token"),
+        (["train", five, "--objective", "NKD()", "--batch", 16, *data, *out], "NKD needs a teacher"),
+        (["merge", three, five, *data, *out], "model 2 differs from the first at 'head."),
+        (["merge", three, deep, *data, *out], "model 2 differs from the first at 'blocks.2"),
+        (["merge", three, three, "--rule", "OPCM()", "--base", five, *data, *out], "the base differs from the first at 'head."),
+        (["merge", three, *data, *out], "nothing to merge"),
+    ):
+        status, _, err = vitreous(monkeypatch, capsys, *words)
+        assert status == 2 and said in " ".join(err.split()) and "not foreseen" not in err, err
+        assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -79,14 +108,23 @@ def test_train_twice_and_merge(photos, tmp_path, monkeypatch, capsys):
         (["--batch", "600"], "fewer than a batch of 600"),
         (["--augment", "twirl"], "no augmentation 'twirl'"),
         (["--optimiser", "SGD(lr=1e12)", "--augment", "none"], "not finite at step"),
+        (["--teacher", "vit_tiny_patch16_224"], "cannot take the student's pictures of 3 × 16 × 16"),
+        (["--objective", "TokenReductionConsistency()"], "needs a model that fuses tokens"),
+        (["--objective", "CrossEntropy(smoothing=3)"], "smoothing must lie between 0 and 1"),
+        (["--num-classes", "2"], "3 classes but the model only 2"),
+        (["--checkpoint", "resnet.pt"], "do not fit VisionTransformer"),
+        (["--precision", "17-mixed"], "cannot train with accelerator=cpu, precision=17-mixed"),
+        (["--ema", "1"], "ema, the decay of the averaged weights"),
     ],
 )
 def test_bad_words(words, said, photos, tmp_path, monkeypatch, capsys):
+    torch.save(torch.nn.Conv2d(3, 4, 1).state_dict(), tmp_path / "resnet.pt")
+    monkeypatch.chdir(tmp_path)
     status, _, err = vitreous(
         monkeypatch, capsys, "train", *SMALL, "--data", photos, "--batch", 16, *words, "--out", tmp_path / "run"
     )
     assert not (tmp_path / "run").exists()
-    assert status == 2 and said in " ".join(err.split()) and "Traceback" not in err
+    assert status == 2 and said in " ".join(err.split()) and "Traceback" not in err and "not foreseen" not in err
 
 
 def test_adapters_train_from_the_command_line(photos, tmp_path, monkeypatch, capsys):

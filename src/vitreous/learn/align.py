@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
-from .objective import Batch, Now, Objective, Seen, objective
+from .objective import Batch, Now, Objective, Seen, objective, positive
 
 Form = Literal["clip", "infonce", "byol"]
 
@@ -50,6 +50,7 @@ class AlignToTable(Objective):
     form: Form = "clip"
 
     def __post_init__(self) -> None:
+        positive(self, "tau")
         if self.table.ndim != 2 or not len(self.table):
             raise VitreousError("AlignToTable: give table=, a tensor [images, numbers] with a row for each training image")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import VitreousError
-from .objective import Batch, Now, Objective, Seen, objective
+from .objective import Batch, Now, Objective, Seen, objective, share
 
 
 @objective
@@ -18,6 +18,9 @@ class CrossEntropy(Objective):
 
     smoothing: float = 0.0
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        share(self, "smoothing")
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         labels = batch.need_labels()
@@ -32,6 +35,9 @@ class BinaryCrossEntropy(Objective):
 
     smoothing: float = 0.0
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        share(self, "smoothing")
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         target = batch.shares(seen.logits.shape[1], self.smoothing)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from .objective import Batch, Now, Objective, Seen, need_teacher, objective, same_classes
+from .objective import Batch, Now, Objective, Seen, need_teacher, objective, positive, same_classes
 
 
 @objective
@@ -21,8 +21,7 @@ class KD(Objective):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise VitreousError(f"KD: the temperature must be above 0, not {self.temperature}")
+        positive(self, "temperature")
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         theirs = now.teach(need_teacher(self.teacher, "KD"), batch.images).logits

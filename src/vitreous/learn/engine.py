@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -29,6 +28,7 @@ from ..store.expects import class_names, expect
 from .augment import transform_for
 from .batches import Batches, Pair, in_turn, planned, seed_everything
 from .classify import CrossEntropy
+from .fabric import fabric_for, gather
 from .objective import Batch, Now, Objective, Seen, look
 from .optimisers import AdamW, Optimiser
 from .retrieval import retrieval
@@ -126,7 +126,9 @@ def train(
     base = sam.base if sam else optimiser
     assert isinstance(base, Optimiser)
     refuse_nan(model)
-    fabric = _fabric(accelerator, devices, precision)
+    if ema is not None and not 0 < ema < 1:
+        raise VitreousError(f"ema, the decay of the averaged weights, must lie between 0 and 1, as 0.999; not {ema}")
+    fabric = fabric_for(accelerator, devices, precision)
     settings = dict(
         epochs=epochs, batch=batch, micro=micro, warmup=warmup, augment=str(augment), mixup=mixup, cutmix=cutmix, mix=str(mix),
         mix_until=mix_until, ema=ema,
@@ -171,7 +173,7 @@ def train(
         mine = range(fabric.global_rank, order.pieces, fabric.world_size)
         batches = Batches(data, transform_for(model, data, augment), order, first, mine, mix, mix_until, workers, fabric.device)
         parameters = [p for p in lesson.parameters() if p.requires_grad]
-        now = Now(student, gather=lambda x: _gather(fabric, x), teach=teachers)
+        now = Now(student, gather=lambda x: gather(fabric, x), teach=teachers)
         began, done_before = time.monotonic(), first
         saved = time.monotonic()
         judges = not embeds(student.eval(), (data.tensor([0]) if isinstance(data, Data) else data[0][:1]).to(fabric.device))
@@ -299,7 +301,16 @@ class _Teachers:
     ) -> Seen:
         key = id(teacher), id(images), tuple(sorted(wants)), tuple(blocks), tuple(layers)
         if key not in self.seen:
-            self.seen[key] = look(teacher, images, wants, blocks, layers)
+            try:
+                self.seen[key] = look(teacher, images, wants, blocks, layers)
+            except (AssertionError, RuntimeError) as error:  # timm asserts the size, others fail at a shape
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                shape = " × ".join(str(n) for n in images.shape[1:])
+                raise VitreousError(
+                    f"the teacher {type(teacher).__name__} cannot take the student's pictures of {shape} ({error}): "
+                    "give a teacher, or a student, for pictures of the same size"
+                ) from error
         return self.seen[key]
 
 
@@ -327,25 +338,6 @@ def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | 
         once = found.ndim != 2 or labels.ndim != 1 or len(labels.unique()) == len(labels)
         return None if once else retrieval(found, labels, (1,))["recall@1"]
     return right / n
-
-
-def _fabric(accelerator: str, devices: int | str, precision: Any) -> Any:
-    try:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy
-    except ImportError:
-        raise VitreousError("training needs Lightning Fabric: python -m pip install 'vitreous[learn]'") from None
-    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    strategy: Any = DDPStrategy(find_unused_parameters=True) if many else "auto"
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else devices
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // int(devices) if many else 1
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
-    fabric.launch()
-    return fabric
-
-
-def _gather(fabric: Any, x: Tensor) -> Tensor:
-    return x if fabric.world_size == 1 else fabric.all_gather(x, sync_grads=True).flatten(0, 1)
 
 
 def _outputs(model: nn.Module, data: Data | Pair) -> int:

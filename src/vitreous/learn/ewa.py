@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
-from .objective import Batch, Now, Objective, Seen, objective
+from .objective import Batch, Now, Objective, Seen, objective, share
 
 
 class Experts(nn.Module):
@@ -88,6 +88,9 @@ class EWA(Objective):
 
     wants = ()
     most: float = 0.3
+
+    def __post_init__(self) -> None:
+        share(self, "most")
 
     def after_step(self, now: Now) -> None:
         for module in now.model.modules():

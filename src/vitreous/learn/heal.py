@@ -20,7 +20,7 @@ from .consistency import token_reduction_consistency
 from .distill import KD, FeatureMatch
 from .engine import train
 from .frd import patches_of_blocks, recalibration, reverse_modules
-from .objective import Batch, Now, Objective, Seen, need_teacher, objective
+from .objective import Batch, Now, Objective, Seen, need_teacher, objective, positive
 from .optimisers import AdamW, Optimiser
 from .sam import SAM
 from .schedule import keep_rate, set_keep
@@ -37,6 +37,9 @@ class FRD(Objective):
     tokens: float = 2.0
     logits: float = 2.0
     tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "tau")
 
     def parts(self, model: nn.Module) -> nn.Module:
         return reverse_modules(model)

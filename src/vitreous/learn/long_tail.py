@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
-from .objective import Batch, Now, Objective, Seen, need_teacher, objective, same_classes
+from .objective import Batch, Now, Objective, Seen, need_teacher, objective, same_classes, share
 
 
 def exponential_counts(largest: int, classes: int, ratio: float) -> list[int]:
@@ -74,6 +74,9 @@ class DeiTLT(Objective):
     size: int | None = None
     defer: float = 11 / 12
     alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        share(self, "defer", "alpha")
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         cls, dist = two_answers(seen, now.model, "DeiTLT")

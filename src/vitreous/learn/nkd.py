@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
-from .objective import Batch, Now, Objective, Seen, need_teacher, objective, same_classes
+from .objective import Batch, Now, Objective, Seen, need_teacher, objective, positive, same_classes
 
 
 def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, tau: float = 1.0) -> Tensor:
@@ -62,6 +62,9 @@ class NKD(Objective):
     gamma: float = 1.5
     tau: float = 1.0
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "tau")
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         theirs = now.teach(need_teacher(self.teacher, "NKD"), batch.images).logits

@@ -125,6 +125,20 @@ def objective(cls: Kind) -> Kind:
     return cls
 
 
+def positive(of: Any, *names: str) -> None:
+    """Raise `VitreousError` where one of these numbers is not above 0."""
+    for name in names:
+        if not getattr(of, name) > 0:
+            raise VitreousError(f"{type(of).__name__}: {name} must be above 0, not {getattr(of, name)}")
+
+
+def share(of: Any, *names: str) -> None:
+    """Raise `VitreousError` where one of these numbers is no share from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(of, name) <= 1:
+            raise VitreousError(f"{type(of).__name__}: {name} must lie between 0 and 1, not {getattr(of, name)}")
+
+
 def need_teacher(teacher: nn.Module | None, name: str) -> nn.Module:
     if teacher is None:
         raise VitreousError(f"{name} needs a teacher: give {name}(teacher=model), or --teacher")
