@@ -69,7 +69,7 @@ class SGD(Optimiser):
     momentum: float = 0.9
 
     def options(self) -> dict[str, Any]:
-        return {"momentum": self.momentum}
+        return {"momentum": self.momentum, "nesterov": self.momentum > 0}
 
 
 @dataclass(frozen=True)
