@@ -91,7 +91,8 @@ def table(name: str, scale: str, runs: dict[str, Any]) -> str:
     figures = list(dict.fromkeys(k for arm in arms.values() for k in arm if k != "gradients"))
     first, baseline = figures[0], QUEUE[name].baseline
     values = {arm: {k: np.array([runs[s]["arms"][arm].get(k, np.nan) for s in seeds]) for k in figures} for arm in arms}
-    rows = [f"| | gradients | {first} % | Δ [95 %] | " + " | ".join(figures[1:]) + " |", "|---" * (3 + len(figures)) + "|"]
+    heads = ["", "gradients", f"{first} %", "Δ [95 %]", *figures[1:]]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm, found in arms.items():
         apart = values[arm][first] - values[baseline][first]
         n, shown = len(seeds), "–"
@@ -103,8 +104,8 @@ def table(name: str, scale: str, runs: dict[str, Any]) -> str:
                 half = 196 * (sum(p * (1 - p) for p in shares) / SCALES[scale].test / n) ** 0.5
             shown = f"{apart.mean():+.1f} [{apart.mean() - half:+.1f}, {apart.mean() + half:+.1f}]"
         cost = f"{found['gradients']:g} ×" if "gradients" in found else "–"
-        rest = " | ".join("–" if np.isnan(v := values[arm][k].mean()) else f"{v:.3g}" for k in figures[1:])
-        rows.append(f"| {arm} | {cost} | {values[arm][first].mean():.1f} | {shown} | {rest} |")
+        rest = ["–" if np.isnan(v := values[arm][k].mean()) else f"{v:.3g}" for k in figures[1:]]
+        rows.append("| " + " | ".join([arm, cost, f"{values[arm][first].mean():.1f}", shown, *rest]) + " |")
     kind = "paired by seed" if len(seeds) > 2 else "of the test images alone, without what another seed would change"
     said = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}; intervals {kind}; scale"
     return "\n".join([*rows, "", f"{said} `{scale}`, {stamp_of(runs)}."])
@@ -123,9 +124,9 @@ def tables(a: argparse.Namespace) -> None:
     text = page.read_text()
     for name, scales in json.loads(a.results.read_text()).items():
         made = "\n\n".join(table(name, scale, runs) for scale, runs in scales.items())
-        place = re.compile(f"(<!-- table {name} -->\n).*?(\n<!-- end -->)", re.S)
+        place = re.compile(f"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
         if place.search(text):
-            text = place.sub(lambda m, made=made: m[1] + made + m[2], text)
+            text = place.sub(lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text)
         else:
             print(f"<!-- table {name} -->\n{made}\n<!-- end -->\n")
     page.write_text(text)
