@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from typing import Any
+
 import pytest
 import torch
 from support import small_vit
 from torch import nn
 
 torch.set_num_threads(1)  # there are as many workers as cores
+
+
+def read_operators_once() -> None:
+    """torch's exporter reads its whole table of operators at each export, which is a quarter of a small model's; one will do."""
+    from torch.onnx._internal.exporter import _registration
+
+    read: Any = functools.cache(_registration.ONNXRegistry.from_torchlib)
+
+    def copied(**opset: int) -> Any:
+        registry = copy.copy(read(**opset))
+        registry.functions = {target: list(found) for target, found in registry.functions.items()}
+        return registry
+
+    _registration.ONNXRegistry.from_torchlib = staticmethod(copied)
+
+
+read_operators_once()
 
 
 @pytest.fixture

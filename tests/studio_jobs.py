@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
+import vitreous.search.job
+import vitreous.search.trial
 from vitreous.errors import VitreousError
 
 Say = Callable[[str, float], None]
+
+
+def recipe(*arguments: Any) -> Any:
+    """The studio's own, which takes less than half a minute for timing."""
+    from vitreous.studio import apart
+
+    vitreous.search.job.SECONDS = vitreous.search.trial.SECONDS = 0.1
+    return apart.recipe(*arguments)
 
 
 def count(n: int, say: Say) -> int:

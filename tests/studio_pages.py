@@ -26,6 +26,7 @@ WAIT = 800_000  # milliseconds: when nothing comes any more, however busy the ma
 CLASSES = ('"><img src=x onerror="window.ran=\'class\'">', "' :onclick=\"window.ran='class'\" {{1+1}} [b]`")
 MODEL = "<img src=x onerror=window.ran='model'>\" :innerHTML=\"window.ran='model'\""
 UPLOAD = "<svg onload=window.ran='upload'> :onclick=window.ran='upload' {{7*7}} [b]`.png"
+RUN = "<img src=x onerror=window.ran='run'>\" {{3*3}} [b]"
 LINK = "<img src=x onerror=window.ran='link'>\" :onclick=\"window.ran='link'\""
 
 
@@ -54,6 +55,15 @@ def small_data(folder: Path) -> Path:
             pixels = draw.integers(0, 256, (28, 28, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "pictures" / name / f"{i:02}.png")
     return folder / "pictures"
+
+
+def small_runs(folder: Path) -> Path:
+    """A folder of one training run of two epochs, called `RUN`."""
+    home = folder / "runs" / RUN
+    home.mkdir(parents=True)
+    (home / "run.json").write_text('{"key": "k", "settings": {"epochs": 3}}')
+    (home / "log.csv").write_text("epoch,loss,accuracy\n1,2.5,0.25\n2,1.5,0.5\n")
+    return folder / "runs"
 
 
 @contextmanager

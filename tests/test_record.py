@@ -213,3 +213,9 @@ def test_recursion_is_left_as_it_was(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(vt.VitreousError):
         vt.load(tampered(saved, tmp_path / "deep.safetensors", lambda about: '{"base":' * 100_000))
     assert sys.getrecursionlimit() == limit
+
+
+@pytest.mark.parametrize("asked", [{"depth": 10**6}, {"embed_dim": 3 * 10**6}, {"num_classes": 10**12}])
+def test_models_that_no_memory_holds_are_refused_at_once(asked: dict[str, Any]) -> None:
+    with pytest.raises(vt.VitreousError, match=r"weights take|over 1000 layers"):
+        vt.open("vit_tiny_patch16_224", **asked)

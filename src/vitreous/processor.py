@@ -1,8 +1,9 @@
-"""What this machine's processor multiplies exactly, and fast."""
+"""What this machine's processor multiplies exactly, and fast, and how much memory is free."""
 
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
@@ -19,3 +20,13 @@ def saturates() -> bool:
 def multiplies_bf16() -> bool:
     """Whether it multiplies bf16; where it is emulated it takes ten times as long as float32."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, or as many as are counted where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as told:
+            lines = dict(line.split(":", 1) for line in told)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize

@@ -47,6 +47,9 @@ def test_models_and_files(shipped: Path, monkeypatch: pytest.MonkeyPatch, capsys
         (("vit_fashion", "vit_fashon"), "did you mean"),
         (("--batches", "1,x"), "whole numbers"),
         (("--batches", "0"), "batch sizes"),
+        (("--batches", "1", "--seconds", "nan"), "--seconds"),
+        (("--json", "p", "--report", "./p"), "a file of its own"),
+        (("--batches", "99999999999", "--limit", "8"), "not enough memory"),
         (("--report", "absent/r.html"), "absent"),
     ],
 )

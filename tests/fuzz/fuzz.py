@@ -34,7 +34,10 @@ from safetensors.torch import save as save_tensors
 import vitreous as vt
 from vitreous.cli import UNFORESEEN, main
 from vitreous.data.pictures import Unreadable, read_picture
+from vitreous.learn import written
+from vitreous.ship import ship_all
 from vitreous.steps import Recipe
+from vitreous.studio.runs_view import find_runs
 
 SHAPE: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7)
 NAME = "vit_tiny_patch16_224"
@@ -226,6 +229,60 @@ def recipes(rng: random.Random, folder: Path) -> None:
     refused(lambda: str(Recipe.parse(text)))
 
 
+@cache
+def files() -> dict[str, bytes]:
+    """A small model as `ship` writes it, and the folder of a training run."""
+    model = vt.open(NAME, **{**SHAPE, "depth": 1})
+    with tempfile.TemporaryDirectory() as folder:
+        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        ship_all(model, [Path(folder, "m.onnx"), Path(folder, "m.xml")], example=x, batch=2)
+        taught(Path(folder, "run"))
+        return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def put(rng: random.Random, folder: Path, names: tuple[str, ...]) -> None:
+    """All files, one of `names` damaged."""
+    bad = rng.choice(names)
+    for name, content in files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(flipped(rng, content) if name == bad else content)
+
+
+def shipped(rng: random.Random, folder: Path) -> None:
+    put(rng, folder, ("m.onnx", "m.xml", "m.bin"))
+    for name in ("m.onnx", "m.xml"):
+        refused(lambda name=name: vt.Runtime(folder / name)(torch.zeros(2, 3, 32, 32)))
+
+
+def taught(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = vt.open(NAME, **{**SHAPE, "depth": 1, "embed_dim": 12})
+    data = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 7
+    vt.train(model, data, vt.learn.CrossEntropy(), epochs=1, batch=8, check=data, out=folder)
+
+
+def runs(rng: random.Random, folder: Path) -> None:
+    put(rng, folder, ("run/run.json", "run/last.pt", "run/log.csv"))
+    refused(lambda: taught(folder / "run"))
+    find_runs(folder)
+
+
+WRITTEN = {
+    "objectives": ["CrossEntropy(), NKD(gamma=1.5)", "KD(temperature=2)", "CrossEntropy(smoothing=0.1)"],
+    "optimiser": ["Lion(lr=1e-4)", "AdamW(lr=1e-3, decay=0.05)", "SGD()", "SGDSaI(lr=0.1)"],
+    "rule": ["GreedySoup()", "UniformSoup()", "LearnedSoup(epochs=2)", "OPCM(alpha=0.5)"],
+}
+
+
+def calls(rng: random.Random, folder: Path) -> None:
+    kind = rng.choice(list(WRITTEN))
+    text = rng.choice(WRITTEN[kind])
+    for _ in range(rng.choice((1, 2, 4))):
+        at = rng.randrange(len(text) + 1)
+        text = text[:at] + rng.choice(PIECES) + text[at + rng.choice((0, 0, 3)) :]
+    refused(lambda: str(getattr(written, kind)(text)))
+
+
 FLAGS = {
     "anatomy": ["--checkpoint", "--num-classes", "--img-size", "--model-arg", "--classes", "--mean", "--std", "--crop-pct"],
     "see": ["--method", "--target", "--layer", "--out", "--img-size", "--interpolation", "--device", "--tokens", "--tree"],
@@ -233,9 +290,14 @@ FLAGS = {
     "faithful": ["--methods", "--limit", "--json", "--seed", "--data"],
     "slim": ["--recipe", "--steps", "--calibrate", "--budget", "--out", "--resume", "--threads", "--data"],
     "steps": ["--json"],
+    "train": ["--objective", "--optimiser", "--epochs", "--batch", "--augment", "--ema", "--precision", "--teacher", "--sam"],
+    "merge": ["--rule", "--base", "--out", "--data", "--seed", "--overwrite"],
+    "prove": ["--batches", "--seconds", "--json", "--report", "--threads", "--mean", "--num-classes"],
+    "ship": ["--out", "--repository", "--name", "--format", "--batch", "--tolerance", "--img-size"],
+    "run": ["--data", "--out", "--batch", "--shard", "--threads", "--precision"],
     "systems": ["--family", "--json"],
 }
-SURE = {"heads": ["--data", "absent"], "faithful": ["--data", "absent"], "slim": ["--data", "absent"]}  # or they take minutes
+SURE = {name: ["--data", "absent"] for name in ("heads", "faithful", "slim", "train", "prove", "ship")}  # or they take minutes
 
 
 def arguments(rng: random.Random, folder: Path) -> None:
@@ -273,7 +335,7 @@ def refused(attempt: Callable[[], object]) -> None:
             assert 0 < len(str(error)) < 4000, f"a message of {len(str(error))} letters"
 
 
-KINDS: dict[str, Case] = {f.__name__: f for f in (images, checkpoints, saved, recipes, arguments)}
+KINDS: dict[str, Case] = {f.__name__: f for f in (images, checkpoints, saved, recipes, calls, shipped, runs, arguments)}
 
 
 def attempt(kind: str, seed: int) -> str:

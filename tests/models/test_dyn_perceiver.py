@@ -257,8 +257,8 @@ def test_contract(images: Tensor) -> None:
     assert small(in_chans=1)(images[:, :1]).shape == (6, 7)
 
 
-@pytest.mark.parametrize("exit", [0, 3])
-def test_each_exit_ships(exit: int, images: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("exit", "batch"), [(0, 2), (3, None)])
+def test_each_exit_ships(exit: int, batch: int | None, images: Tensor, tmp_path: Path) -> None:
     """At 32 pixels the map is not a multiple of the 7 × 7 grid that it is pooled to."""
-    files = ship_all(small(exit=exit), [tmp_path / "m.onnx", tmp_path / "m.xml"], example=images)
-    assert all(file.batch is None for file in files)
+    files = ship_all(small(exit=exit), [tmp_path / "m.onnx", tmp_path / "m.xml"], example=images, batch=batch)
+    assert all(file.batch == batch for file in files)

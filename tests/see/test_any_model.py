@@ -227,3 +227,14 @@ def test_every_layer_of_siglip_counts_and_its_pooling_is_read() -> None:
         a = a + torch.eye(16)
         row = row @ (a / a.sum(-1, keepdim=True))
     torch.testing.assert_close(see.rollout(model, X), row.view(2, 4, 4), atol=1e-6, rtol=1e-4)
+
+
+def test_maps_that_no_memory_holds_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_vit(depth=2), torch.randn(1, 3, 32, 32)
+    wanted = 4 * 3 * 17 * 17
+    monkeypatch.setattr("vitreous.see.patches.free_memory", lambda: wanted)
+    assert see.rollout(model, x).shape == (1, 4, 4)
+    monkeypatch.setattr("vitreous.see.patches.free_memory", lambda: wanted - 1)
+    monkeypatch.setattr(type(model.blocks[1]), "forward", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(VitreousError, match=r"32 × 32 are 17 tokens.*img_size"):
+        see.rollout(model, x)

@@ -155,3 +155,12 @@ def test_the_command_writes_the_file_and_its_preparation(tmp_path: Path, monkeyp
     assert status == 2 and "exists" in error
     status, _, error = command(monkeypatch, capsys, "ship", *told)
     assert status == 2 and "--repository" in error
+    for wrong in ("", ".", str(tmp_path / "new" / "m.tflite")):
+        status, _, error = command(monkeypatch, capsys, "ship", *told, "--out", wrong)
+        assert status == 2 and "cannot tell a format" in error and not (tmp_path / "new").exists()
+    status, _, error = command(monkeypatch, capsys, "run", out[1], "--data", str(tmp_path), "--shard", "1/2", "--out", "")
+    assert status == 2 and "only a file is ever replaced" in error
+    before = (tmp_path / "served" / "m.bin").read_bytes()
+    onto = ["--data", str(tmp_path), "--overwrite", "--out", str(tmp_path / "served" / "m.bin")]
+    status, _, error = command(monkeypatch, capsys, "run", out[1], *onto)
+    assert status == 2 and "which gives them" in error and (tmp_path / "served" / "m.bin").read_bytes() == before

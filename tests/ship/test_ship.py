@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -459,3 +461,18 @@ def test_a_broken_file_is_a_clear_error(shipped: Path, tmp_path: Path) -> None:
     with pytest.raises(VitreousError, match="0 threads"):
         Runtime(tmp_path / "vit.xml", threads=0)
     assert Runtime(tmp_path / "vit.xml", precision="bf16").precision in ("bf16", "fp32")
+
+
+def test_the_weights_of_another_model_are_noticed(vit: VisionTransformer, shipped: Path, tmp_path: Path) -> None:
+    """As files are copied by hand: without the manifest of a folder, of the same shapes and the same size."""
+    other = copy.deepcopy(vit)
+    with torch.no_grad():
+        other.head.weight.mul_(2)
+    ship(other, tmp_path / "vit.xml")
+    assert (tmp_path / "vit.bin").stat().st_size == (shipped / "vit.bin").stat().st_size
+    shutil.copy(shipped / "vit.bin", tmp_path)
+    with pytest.raises(VitreousError, match=r"vit\.bin is not the one that vit\.xml was written with"):
+        Runtime(tmp_path / "vit.xml")
+    text = (tmp_path / "vit.xml").read_text()
+    (tmp_path / "vit.xml").write_text(re.sub('<weights_sha256 value="[0-9a-f]{64}" ?/>', "", text))  # as others write it
+    assert Runtime(tmp_path / "vit.xml").kind == "OpenVINO fp32"

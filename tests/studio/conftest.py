@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from studio_pages import BROWSER, small_data, small_model, studio, visit
+from studio_pages import BROWSER, small_data, small_model, small_runs, studio, visit
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+QUICK = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import studio_jobs
+from vitreous import cli
+from vitreous.studio import apart
+
+apart.recipe = studio_jobs.recipe
+cli.main()
+"""  # speed is not what the tests of the page are about
 
 
 @pytest.fixture(scope="session")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """What the studio is told to open."""
     folder = tmp_path_factory.mktemp("studio")
-    return str(small_model(folder)), "--data", str(small_data(folder))
+    return str(small_model(folder)), "--data", str(small_data(folder)), "--runs", str(small_runs(folder))
 
 
 @pytest.fixture(scope="session")
 def address(opened: tuple[str, ...]) -> Iterator[str]:
-    with studio(*opened) as found:
+    with studio(*opened, program=("-c", QUICK)) as found:
         yield found
 
 

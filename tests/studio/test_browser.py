@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from studio_pages import CLASSES, LINK, MODEL, UPLOAD, WAIT, click, overlay, picture, png, studio, told, turn_to, visit
+from studio_pages import CLASSES, LINK, MODEL, RUN, UPLOAD, WAIT, click, overlay, picture, png, studio, told, turn_to, visit
 
 # The head of the first point of the scatter, where on the screen it is, and the left, top, width and height of the plot.
 POINT = """() => {
@@ -216,6 +216,9 @@ def test_names_that_others_chose_are_shown_and_never_run(browser: Any, address: 
     for view in ("Heads", "Patterns", "Models"):
         turn_to(page, view)
     told(page, f"1. {MODEL}")
+    told(page, RUN)
+    told(page, "2 of 3")
+    told(page, "50.0 %")
     turn_to(page, "Heads")
     page.get_by_label(re.compile("^image ")).first.wait_for()
     assert page.evaluate("window.ran") is None and page.locator("img[src=x]").count() == 0 and not page.failures

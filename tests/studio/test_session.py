@@ -57,6 +57,15 @@ def test_a_link_from_elsewhere_is_mended(opened: Opened) -> None:
     made.close()
 
 
+def test_the_models_own_names_of_its_classes_come_before_the_datas(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.zeros(10).index_fill(0, torch.tensor(3), 9.0)
+    monkeypatch.setattr(opened.net, "pretrained_cfg", {})
+    assert f"Answer: {opened.data.classes[3]} " in opened.answer(logits)
+    monkeypatch.setattr(opened.net, "pretrained_cfg", {"label_names": tuple("abcdefghij")})
+    assert "Answer: d 9" in opened.answer(logits)
+    assert opened.answer(torch.zeros(1)) == "Answer: class 0 50.0 %", "one logit says yes or no"
+
+
 def test_listeners_hear_of_changes_only(session: Session) -> None:
     heard = []
 

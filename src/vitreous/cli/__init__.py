@@ -28,6 +28,7 @@ from .train import train
 # typer carries its own copy of click, whose usage errors only this reaches
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
+MEMORY = "there is not enough memory for this: take fewer or smaller images, or a smaller model"
 UNFORESEEN = "this was not foreseen"  # how the last net begins
 
 app = typer.Typer(
@@ -85,8 +86,10 @@ def main() -> None:
     except OSError as error:
         _stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 2)
     except MemoryError:
-        _stop("there is not enough memory for this: take fewer or smaller images, or a smaller model", 2)
+        _stop(MEMORY, 2)
     except Exception as error:  # the last net: what should have been refused by name, and was not foreseen
+        if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):  # torch's
+            _stop(MEMORY, 2)
         reason = (str(error).strip().splitlines() or ["it says no more"])[0]
         _stop(f"{UNFORESEEN} ({type(error).__name__}: {reason[:300]}); --debug shows where", 2)
     else:

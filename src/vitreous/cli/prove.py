@@ -43,6 +43,8 @@ def prove(
     for path, option in ((None if printed else json, "--json"), (report, "--report")):
         if path is not None:
             writable(path, overwrite, f"another {option}")
+    if json is not None and report is not None and json.resolve() == report.resolve():
+        raise VitreousError(f"--json and --report are both to be written to {json}: give each a file of its own")
     named = [model or "vit_fashion", *(others or ())]
     models: dict[str, Any] = {}
     for i, which in enumerate([model, *(others or ())]):

@@ -27,11 +27,14 @@ def run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..errors import VitreousError
-    from ..files import writable
+    from ..files import replaceable, writable
     from ..ship import Runtime
     from ..ship.folder import answer_folder
+    from ..ship.runtime import files
     from ..terminal import console
 
+    if replaceable(out).resolve() in [p.resolve() for p in files(file)]:
+        raise VitreousError(f"the answers cannot take the place of {out}, which gives them: give another --out")
     part = (1, 1)
     if shard is not None:
         found = re.fullmatch(r"(\d+)/(\d+)", shard)

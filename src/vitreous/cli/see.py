@@ -42,6 +42,7 @@ def see(
     from ..outputs import answer, embeds
     from ..prove.drawing import enlarge, overlay, survival
     from ..see.methods import CLASSLESS
+    from ..see.patches import refuse_vast
     from ..see.tree import draw_tree
 
     if method not in room.METHODS:
@@ -63,6 +64,7 @@ def see(
     picture = whole.convert(prepared.mode)
     x, shown = prepared.to_tensor(picture)[None], prepared.view(picture)
     x = x.to(next((p.device for p in net.parameters()), x.device))
+    refuse_vast(net, x)
     with torch.no_grad(), still(net) as own:
         logits = answer(run(own, x))
     panels = [enlarge(shown)]

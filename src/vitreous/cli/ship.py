@@ -36,11 +36,14 @@ def ship(
     from ..ship.card import beside
     from ..ship.named import plain
     from ..ship.repository import ship_repository
+    from ..ship.shipment import FORMATS
 
     if (out is None) == (repository is None):
         raise VitreousError("give --out FILE or --repository DIR")
     if format not in ("onnx", "xml"):
         raise VitreousError(f"--format {format}: a repository holds onnx or xml")
+    if out is not None and out.suffix not in FORMATS:
+        raise VitreousError(f"cannot tell a format from {out.name!r}: give --out an ending of {', '.join(FORMATS)}")
     net = opening.open(model)
     images = None
     if source.data != "sample" or model is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ def studio(
         str, typer.Option(help="address to serve on; others than this machine's are for those who know why")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to serve on")] = 8080,
+    runs: Annotated[Path | None, typer.Option(help="folder of training runs (vitreous train --out) to show and open")] = None,
     show: Annotated[bool, typer.Option(help="open a browser")] = True,
 ) -> None:
     """Look into models in the browser: attention, heads, patterns, and recipes applied."""
@@ -33,6 +35,8 @@ def studio(
         raise VitreousError(f"the studio needs {error.name}: python -m pip install 'vitreous[studio]'") from None
     from ..studio.opened import Opened, Source
 
+    if runs is not None and not runs.is_dir():
+        raise VitreousError(f"--runs {runs}: there is no such folder")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -45,4 +49,4 @@ def studio(
     others = [replace(first, model=name, opening=replace(opening, checkpoint=None)) for name in (models or [])[1:]]
     opened = [Opened(s) for s in (first, *others)]
     print(f"the studio is open at http://{host}:{port}, until Ctrl-C")
-    serve(opened, host, port, show)
+    serve(opened, host, port, show, runs)

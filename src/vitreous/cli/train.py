@@ -50,13 +50,15 @@ def train(
     from .. import store
     from ..data.training import class_names, training_data
     from ..errors import VitreousError
-    from ..learn import SAM, written
+    from ..learn import SAM, BinaryCrossEntropy, CrossEntropy, written
     from ..learn import train as teach
     from ..learn.engine import accuracy_on
     from ..outputs import embeds
     from ..steps import Recipe, slim
     from ..terminal import console
 
+    if teacher is None and teacher_checkpoint is not None:
+        raise VitreousError("--teacher-checkpoint holds the weights of --teacher: name it too")
     if model in timm.list_models() and opening.num_classes is None and opening.checkpoint is None:
         opening = replace(opening, num_classes=len(class_names(source.data, source.download)))
     net = opening.open(model)
@@ -71,6 +73,9 @@ def train(
         for skipped in part.skipped[:5]:
             print(f"  {skipped.path}: {skipped.reason}", file=sys.stderr)
     device = next(net.parameters()).device.type
+    by_label = any(isinstance(o, CrossEntropy | BinaryCrossEntropy) for o in chosen)
+    if by_label and embeds(net, learn_from.tensor([0]).to(device)):
+        raise VitreousError("the model gives features and has no classes to learn: give --num-classes, or an --objective without")
     with Progress(
         SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), console=console(stderr=True), transient=True
     ) as bar:

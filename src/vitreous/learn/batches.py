@@ -145,8 +145,8 @@ class Batches:
 
 def planned(images: int, batch: int, micro: int | None, world: int, epochs: float, seed: int) -> Order:
     """How the images are cut. Raises `VitreousError` where they cannot: fewer than a batch, a batch that does not divide."""
-    if batch < 1 or epochs <= 0:
-        raise VitreousError(f"cannot train for {epochs} epochs with {batch} images a batch: both must be above 0")
+    if batch < 1 or not 0 < epochs < float("inf"):
+        raise VitreousError(f"cannot train for {epochs} epochs with {batch} images a batch: both must be above 0, and finite")
     if images < batch:
         raise VitreousError(f"the data has {images} images, fewer than a batch of {batch}: give a batch of at most {images}")
     size = micro or max(batch // world, 1)

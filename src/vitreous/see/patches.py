@@ -17,6 +17,7 @@ from ..blocks import Reduction
 from ..copies.own import exact, run, still
 from ..errors import VitreousError
 from ..outputs import answer
+from ..processor import free_memory
 from ..score import Target, targets
 
 MAPS = 2**19  # numbers in one head's map of the images that go together
@@ -36,7 +37,24 @@ def grid_of(model: nn.Module, x: Tensor, purpose: str) -> tuple[Anatomy, tuple[i
     grid = grid_seen(model, x, anatomy)
     if grid is None:
         raise VitreousError(f"{purpose} needs one grid of patches, and {anatomy.kind} tells of none: use see.grad_cam")
+    refuse_vast(model, x)
     return replace(anatomy, grid=grid), grid
+
+
+def refuse_vast(model: nn.Module, x: Tensor) -> None:
+    """Raise `VitreousError` where one layer's map of one image would not fit into the memory that is free.
+
+    What looks at such attention would end, after hours, without an answer. Windows of attention have no such limit.
+    """
+    anatomy = read(model)
+    if not anatomy.plain or (grid := grid_seen(model, x, anatomy)) is None:
+        return
+    tokens = grid[0] * grid[1] + anatomy.prefix
+    needed = 4 * max(a.heads or 1 for a in anatomy.attention) * tokens**2
+    if needed > free_memory():
+        size = f"{needed / 2**30:.0f} GiB, of which {free_memory() / 2**30:.0f} are free"
+        raise VitreousError(f"images of {x.shape[2]} × {x.shape[3]} are {tokens} tokens, and one layer's attention takes {size}: "
+                            "build the model for smaller images (img_size)")  # fmt: skip
 
 
 class _Enough(Exception):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitreousError
-from ..files import check
+from ..files import check, digest
 from ..processor import saturates
 from .card import FIELDS
 from .packed import reader
@@ -145,6 +145,9 @@ class Runtime:
         if not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
             raise VitreousError(f"{self.path} is not an OpenVINO model: it is not XML")  # or every front end tries it
         graph = core.read_model(self.path)
+        weights, told = self.path.with_suffix(".bin"), _told(graph, "vitreous", "weights_sha256")
+        if told and told != digest(weights):
+            raise VitreousError(f"{weights} is not the one that {self.path.name} was written with: ship the model again")
         self.card = {name: json.loads(_told(graph, "vitreous", name)) for name in FIELDS if _told(graph, "vitreous", name)}
         if batch is not None:
             graph.reshape([batch, *list(graph.input(0).get_partial_shape())[1:]])

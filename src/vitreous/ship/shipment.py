@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..errors import VitreousError
-from ..files import folder_aside, forget, replaceable
+from ..files import digest, folder_aside, forget, replaceable
 from .card import card, preprocess, texts
 from .export import is_quantized, quiet, to_onnx, trace
 from .named import Named, plain
@@ -31,6 +31,7 @@ from .runtime import FLOAT_TOLERANCE, INT8_TOLERANCE, Runtime, files
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}
 WORST = 10  # the worst image may be this much further off than the mean
 MEASURED = "f32"  # what is not integers is computed in, when parity is measured; OpenVINO takes bf16 by itself where it can
+UNHASHED = "0" * 64  # stands in the .xml until its .bin is written, and can be hashed
 EXPORTING = threading.Lock()  # torch's exporter, and the logging that it is kept from, belong to the process
 
 
@@ -278,8 +279,10 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
         graph.set_rt_info(MEASURED, ["runtime_options", "INFERENCE_PRECISION_HINT"])
         for entry in model.metadata_props:
             graph.set_rt_info(entry.value, ["vitreous", entry.key])
+        graph.set_rt_info(UNHASHED, ["vitreous", "weights_sha256"])
         number(graph)
         openvino.save_model(graph, path, compress_to_fp16=False)
+        path.write_bytes(path.read_bytes().replace(UNHASHED.encode(), digest(path.with_suffix(".bin")).encode()))
     except RuntimeError as error:  # also how it reports a full disk, without saying so
         free = shutil.disk_usage(path.parent).free / 1e6
         reason = str(error).strip().splitlines()[-1]

@@ -27,11 +27,12 @@ from ..work import fingerprint
 from .checkpoints import Checkpoint, as_built, fill, read, read_safetensors, trained_as
 from .expects import class_names, expect, expectations, restore
 from .hugging_face import PREFIX, base_of, built, open_folder, timm_folder
-from .record import HUBS, NEVER, affordable, arguments, read_record, refuse_hub, refuse_reading
+from .record import HUBS, NEVER, affordable, arguments, fits_memory, read_record, refuse_hub, refuse_reading
 
 BUNDLED = "vit_fashion"
 KEY = "vitreous"
 SUM = "vitreous_sum"  # by which damage is told
+VAST = 2048  # side of images that take minutes to run
 FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -159,6 +160,8 @@ def about(model: nn.Module) -> list[str]:
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     if name.startswith(PREFIX):
         return built(name, kwargs)
+    if kwargs and not name.startswith(HUBS):
+        fits_memory(name, kwargs)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm and the hub raise many kinds; the user needs the reason, not the stack
@@ -261,7 +264,7 @@ def refuse_overflow(model: nn.Module, source: str) -> None:
     """Raise `VitreousError` when finite weights compute what is not finite, on one image of noise of the model's own size.
 
     Not told of weights in half precision, which overflow on processors where their authors did not run them, nor of models
-    that do not say the size of their images.
+    that do not say the size of their images, or take larger ones than anybody waits for.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
     config = config.to_dict() if hasattr(config, "to_dict") else config
@@ -270,6 +273,8 @@ def refuse_overflow(model: nn.Module, source: str) -> None:
         return
     sides: Any = to_2tuple(getattr(getattr(model, "patch_embed", None), "img_size", None) or size[1:])
     channels: Any = getattr(model, "in_chans", None) or size[0]
+    if max(sides) > VAST:
+        return
     image = torch.randn(1, channels, *sides, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from ..errors import VitreousError, nearest
+from ..processor import free_memory
 from ..schema import fits, plain, read_json, short
 from ..steps import Step, make_step
 from .expects import KEPT
@@ -28,6 +29,7 @@ from .hugging_face import PREFIX, built, refuse_arguments
 NEVER = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 SPARE = 16  # how many times the numbers in the file a model may hold before its steps make it smaller
+DEEPEST = 1000  # layers of any model that someone has trained
 
 
 @dataclass
@@ -125,18 +127,39 @@ def arguments(name: str) -> set[str]:
 
 def affordable(base: dict[str, Any], state: Mapping[str, Tensor], source: str) -> None:
     """Raise `VitreousError` when the model that a file asks for is out of proportion to its weights; costs no memory."""
-    for key, value in base["kwargs"].items():
-        values = value if isinstance(value, list | tuple) else [value]
-        if any(word in key for word in ("dep", "layers", "blocks")) and any(fits(v, int) and v > len(state) for v in values):
-            raise VitreousError(f"{source} asks for {key}={short(value)}, and holds {len(state)} tensors: the file is damaged")
-    try:
-        with torch.device("meta"):
-            name, kwargs = base["name"], base["kwargs"]
-            model = built(name, kwargs) if name.startswith(PREFIX) else timm.create_model(name, **kwargs)
-    except Exception:  # some models cannot be built without numbers: they are built as they are
-        return
-    wanted, there = sum(p.numel() for p in model.state_dict().values()), sum(p.numel() for p in state.values())
+    if deep := _deep(base["kwargs"], len(state)):
+        raise VitreousError(f"{source} asks for {deep}, and holds {len(state)} tensors: the file is damaged")
+    wanted, there = _numbers(base["name"], base["kwargs"]), sum(p.numel() for p in state.values())
     if wanted > SPARE * there + 2**20:
         raise VitreousError(
             f"{source} asks for a model of {wanted / 1e6:.0f} million numbers, and holds {there / 1e6:.1f}: the file is damaged"
         )
+
+
+def fits_memory(name: str, kwargs: dict[str, Any]) -> None:
+    """Raise `VitreousError` for a model whose weights would not fit into the memory that is free; costs none itself."""
+    asked = ", ".join(f"{k}={short(v)}" for k, v in kwargs.items())
+    if deep := _deep(kwargs, DEEPEST):
+        raise VitreousError(f"cannot build '{name}' with {deep}: nothing published has over {DEEPEST} layers")
+    if (needed := 4 * _numbers(name, kwargs)) > (free := free_memory()):
+        size = f"{needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
+        raise VitreousError(f"cannot build '{name}' with {asked}: its weights take {size}")
+
+
+def _deep(kwargs: Mapping[str, Any], most: int) -> str:
+    """The argument that asks for more layers than that, or nothing."""
+    for key, value in kwargs.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if any(word in key for word in ("dep", "layers", "blocks")) and any(fits(v, int) and v > most for v in values):
+            return f"{key}={short(value)}"
+    return ""
+
+
+def _numbers(name: str, kwargs: dict[str, Any]) -> int:
+    """How many numbers a model holds; 0 where it cannot be built without them."""
+    try:
+        with torch.device("meta"):
+            model = built(name, kwargs) if name.startswith(PREFIX) else timm.create_model(name, **kwargs)
+            return sum(p.numel() for p in model.state_dict().values())
+    except Exception:  # what is wrong with it is told where it is built
+        return 0

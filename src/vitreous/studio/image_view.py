@@ -210,7 +210,7 @@ class _Explanations:
         places = {}
         with self.row:
             for method in methods:
-                with ui.column().classes("gap-1").style("width: 180px"):
+                with ui.column().classes("gap-1").style("width: min(180px, calc(50% - 8px)); overflow-wrap: anywhere"):
                     image = ui.interactive_image(data_uri(self.base), sanitize=False).classes("w-full pixelated rounded")
                     places[method] = image, ui.label(f"{method}: computing…").classes("text-sm")
                     if warning := see.warning(method):
@@ -289,12 +289,12 @@ class _Models:
             if self.key != key:
                 return
             with self.row:
-                with ui.column().classes("gap-1").style("width: 180px"):
+                with ui.column().classes("gap-1").style("width: min(180px, calc(50% - 8px)); overflow-wrap: anywhere"):
                     content = "" if values is None else heat(values, base.size)
                     ui.interactive_image(data_uri(base), content=content, sanitize=False).classes("w-full pixelated rounded")
                     ui.label(said).classes("text-sm")
                 for layer, groups in lost:
-                    with ui.column().classes("gap-1").style("width: 140px"):
+                    with ui.column().classes("gap-1").style("width: min(140px, calc(50% - 8px)); overflow-wrap: anywhere"):
                         attributes(ui.image(survival(base, groups)).classes("w-full rounded"), alt=f"Tokens left after {layer}")
                         ui.label(f"{layer}: {tokens_left(groups)} tokens").classes("text-sm")
 

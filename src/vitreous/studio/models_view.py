@@ -17,6 +17,7 @@ from .opened import Opened, Source
 from .parts import attributes, exports, guarded, heading, table
 from .recipe_editor import RecipeEditor
 from .running import Running
+from .runs_view import runs_view
 from .session import Session
 
 FILES = {
@@ -46,6 +47,8 @@ def models_view(session: Session) -> None:
         )
         slimming = Running("Apply", "")
         results = ui.column().classes("w-full gap-3")
+    if session.runs is not None:
+        runs_view(session, session.runs)
 
     def show(new: Rows) -> None:
         rows[:] = new

@@ -20,6 +20,7 @@ from ..cli.options import DataOptions, ModelOptions
 from ..data import Data
 from ..data.transform import preparation
 from ..see.look import Look, look
+from ..store.expects import class_names
 from .lane import Lane
 
 HELD = 2**28  # bytes of attention that are kept of an image; of larger models one layer at a time
@@ -109,7 +110,8 @@ class Opened:
         if not getattr(self.net, "num_classes", 0):
             return ""
         best = (logits.softmax(0) if len(logits) > 1 else logits.sigmoid()).topk(min(3, len(logits)))
-        names = self.data.classes if len(self.data.classes) == len(logits) else [f"class {k}" for k in range(len(logits))]
+        known = (class_names(self.net), self.data.classes)  # what the model calls them comes first
+        names = next((n for n in known if len(n) == len(logits)), [f"class {k}" for k in range(len(logits))])
         return "Answer: " + ", ".join(f"{names[int(k)]} {100 * float(p):.1f} %" for p, k in zip(*best, strict=True))
 
     @cached_property

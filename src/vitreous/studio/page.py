@@ -29,8 +29,8 @@ LOOKS = Path(__file__).parent / "page.css"
 SCRIPT = Path(__file__).parent / "page.js"
 
 
-def serve(models: list[Opened], host: str, port: int, show: bool) -> None:
-    """Serve the studio for these models until it is stopped."""
+def serve(models: list[Opened], host: str, port: int, show: bool, runs: Path | None = None) -> None:
+    """Serve the studio for these models, and the training runs in a folder, until it is stopped."""
     folders.remove_left()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
     app.add_middleware(SameOrigin)
@@ -39,7 +39,7 @@ def serve(models: list[Opened], host: str, port: int, show: bool) -> None:
 
     @ui.page("/")
     def page(request: Request) -> None:
-        draw(models, dict(request.query_params))
+        draw(models, dict(request.query_params), runs)
 
     ui.run(
         host=host,
@@ -53,8 +53,8 @@ def serve(models: list[Opened], host: str, port: int, show: bool) -> None:
     )
 
 
-def draw(models: list[Opened], query: dict[str, str]) -> None:
-    session = Session(models, State.of(query))
+def draw(models: list[Opened], query: dict[str, str], runs: Path | None) -> None:
+    session = Session(models, State.of(query), runs)
     ui.context.client.on_delete(session.close)
     ui.add_css(LOOKS)
     ui.add_head_html(f"<script>{SCRIPT.read_text()}</script>")

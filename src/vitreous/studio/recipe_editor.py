@@ -53,8 +53,9 @@ class RecipeEditor:
         told = described(step.name, type(step))
         with ui.column().classes("studio-step w-full gap-2"):
             with ui.row().classes("w-full items-center no-wrap gap-2"):
-                ui.label(f"{i + 1}. {step.name.split('.')[1]}").classes("font-semibold")
-                ui.label(told["source"]).classes("text-sm studio-note grow min-w-0")
+                with ui.row().classes("items-center gap-x-2 gap-y-0 grow min-w-0"):
+                    ui.label(f"{i + 1}. {step.name.split('.')[1]}").classes("font-semibold")
+                    ui.label(told["source"]).classes("text-sm studio-note")
                 if i:
                     up = ui.button(icon="arrow_upward", on_click=guarded(partial(self._move, i)))
                     up.props("flat round dense aria-label='Earlier'")

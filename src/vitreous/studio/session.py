@@ -79,8 +79,8 @@ class Upload:
 class Session:
     """One page. `change` moves it; whoever listens draws again."""
 
-    def __init__(self, models: list[Opened], state: State) -> None:
-        self.models = list(models)
+    def __init__(self, models: list[Opened], state: State, runs: Path | None = None) -> None:
+        self.models, self.runs = list(models), runs  # `runs`: a folder of training runs to show
         self.uploads: dict[int, Upload] = {}  # by numbers below 0: -1 is the first
         self.folder = tempfile.TemporaryDirectory(dir=folders.own())
         self.listeners: list[Listener] = []
