@@ -53,7 +53,7 @@ def open_model(
 
     Args:
         model: a timm name; the path of a file written by `save`, of a checkpoint of timm's `train.py`, or of a folder that
-            transformers saved; an `nn.Module` (returned as it is); or None for the bundled model.
+            transformers or timm's `save_for_hf` wrote; an `nn.Module` (returned as it is); or None for the bundled model.
         pretrained: download timm's weights for that name. Nothing is ever downloaded otherwise.
         checkpoint: local weights, as training scripts save them (`checkpoints`): what they say of number of classes, sizes and
             preparation decides where you do not. What was done to make them fit is told by `warnings.warn`.
@@ -175,7 +175,7 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
 def save_model(model: nn.Module, path: str | Path) -> Path:
     """Write base, recipe and weights of a model as one safetensors file, whole or not at all.
 
-    A model that was not opened by name has no base: `load` then needs it as `base=`.
+    A model that was neither opened by name nor is one of transformers has no base: `load` then needs it as `base=`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -229,7 +229,7 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
     if base is not None:
         model = bare(base)
     elif record.base is None:
-        raise VitreousError(f"{path} was saved from a model that has no timm name: pass the original model as base=")
+        raise VitreousError(f"{path} was saved from a model that neither timm nor transformers builds: pass the original model as base=")
     else:
         affordable(record.base, state, str(path))
         model = _create(record.base["name"], False, record.base["kwargs"]).eval()
