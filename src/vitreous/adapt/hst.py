@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..anatomy import read
@@ -78,8 +77,8 @@ class Reader(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, few: Tensor) -> Tensor:
-        q, k, v = (rearrange(p, "b n (h d) -> b h n d", h=self.heads) for p in (self.q(x), self.k(few), self.v(few)))
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        q, k, v = (p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q(x), self.k(few), self.v(few)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SideBlock(nn.Module):

@@ -229,7 +229,7 @@ def load(path: str | Path, base: nn.Module | None = None, pretrained: bool = Fal
     if base is not None:
         model = bare(base)
     elif record.base is None:
-        raise VitreousError(f"{path} was saved from a model that neither timm nor transformers builds: pass the original model as base=")
+        raise VitreousError(f"{path} holds a model that neither timm nor transformers builds: pass the original model as base=")
     else:
         affordable(record.base, state, str(path))
         model = _create(record.base["name"], False, record.base["kwargs"]).eval()
