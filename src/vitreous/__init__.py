@@ -1,6 +1,6 @@
 """Vitreous makes vision transformers clear, small and fast."""
 
-from . import adapt, data, learn, models, prune, quant, see, tokens
+from . import adapt, data, learn, models, prune, quant, search, see, tokens
 from .anatomy import read
 from .blocks import traced
 from .errors import VitreousError
@@ -36,6 +36,7 @@ __all__ = [
     "quant",
     "read",
     "save",
+    "search",
     "see",
     "ship",
     "slim",

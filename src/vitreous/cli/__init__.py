@@ -17,6 +17,7 @@ from .heads import heads
 from .merge import merge
 from .prove import prove
 from .run import run
+from .search import search
 from .see import see
 from .ship import ship
 from .slim import slim
@@ -37,7 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (slim, ship, run, prove, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
+for command in (slim, search, ship, run, prove, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
     app.command()(command)
 
 

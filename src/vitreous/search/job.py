@@ -44,9 +44,11 @@ class Job:
         progress: Callable[[str, float], None],
         resume: Path | None = None,
         heal: float = 0.0,
+        options: Callable[[Chooser, Tensor], dict[str, nn.Module]] | None = None,
     ) -> None:
         self.folder, self.source, self.seed, self.threads, self.resume = folder, data, seed, threads, resume
         self.heal = heal
+        self.options = options or (lambda chooser, images: chooser.options())  # what to choose from; a search tries more
         self.goal, self.limit, self.progress = goal, limit, progress
         self.notes: list[str] = []  # what one must know to understand the figures
         self.log: list[str] = []  # what was tried, and how it went
@@ -77,6 +79,7 @@ class Job:
         if data.skipped:
             self.notes.append(f"{len(data.skipped)} files skipped, named in the report and in proof.json")
         before = history_of(net).steps()
+        tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
         judge: Judge | None = None
         if recipe is None:
             assert images.choose is not None
@@ -87,10 +90,9 @@ class Job:
                 taught = lambda small: self._healed(small, net, learn_from)
                 options = healed_options(*given, taught, self.progress, self.log)
             else:
-                options = Chooser(*given, self.progress, self.log).options()
+                options = self.options(Chooser(*given, self.progress, self.log), tried)
         else:
             options = {"the recipe": self._made(net, recipe, images.calibrate, learn_from)}
-        tried = (images.choose or data).tensor(range(min(16, len(images.choose or data))))
         trials, shipments = exported(options, self.folder, tried, self.threads, self.goal, self.progress, self.log)
         timed(trials, net, tried, self.goal, self.progress)
         chosen = best(trials, self.goal, self.notes, lambda trial: self._lost(judge, trial))

@@ -101,7 +101,14 @@ def exported(
     return trials, shipments
 
 
-def timed(trials: list[Trial], net: nn.Module, images: Tensor, goal: Goal, progress: Callable[[str, float], None]) -> None:
+def timed(
+    trials: list[Trial],
+    net: nn.Module,
+    images: Tensor,
+    goal: Goal,
+    progress: Callable[[str, float], None],
+    seconds: float = SECONDS,
+) -> None:
     """Fill in the times of all trials, interleaved; the original runs along where a speedup is asked for."""
     calls: dict[str, Callable[[Tensor], object]] = {t.name: t.runtime for t in trials}
     if goal.speedup is not None:
@@ -111,9 +118,9 @@ def timed(trials: list[Trial], net: nn.Module, images: Tensor, goal: Goal, progr
         x = images[np.arange(batch) % len(images)]
         runs = {name: (lambda call=call, x=x: call(x)) for name, call in calls.items()}
         told = lambda done, i=i: progress("trying the ways to run it", (i + done) / len(goal.batches))
-        found = interleave(runs, seconds=SECONDS / len(goal.batches), tick=told)
-        for name, seconds in found.items():
-            medians[name].append(float(np.median(seconds)) * 1000 / batch)
+        found = interleave(runs, seconds=seconds / len(goal.batches), tick=told)
+        for name, taken in found.items():
+            medians[name].append(float(np.median(taken)) * 1000 / batch)
     for trial in trials:
         trial.times = tuple(medians[trial.name])
         if goal.speedup is not None:

@@ -1,0 +1,118 @@
+"""`search`: the whole of `vitreous search`, and of `vitreous slim` without a recipe when it is given more time."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VitreousError
+from ..files import writable, write_whole
+from ..files.folders import folder, locked
+from ..prove import Proof
+from ..work import fingerprint
+from .budget import Goal
+from .choose import Chooser
+from .explore import Explorer
+from .front import Point, drawn, front, written
+from .job import Job
+from .record import Record
+from .space import space
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found. front: from the point that loses least; `all`: every point measured. proof: of the shipped one, on
+    images that chose nothing. original: milliseconds an image of the original in torch. notes, log: what one must know, and what
+    was tried."""
+
+    front: list[Point]
+    all: list[Point]
+    proof: Proof
+    original: float
+    notes: list[str]
+    log: list[str]
+
+
+def search(
+    model: nn.Module,
+    data: str = "sample",
+    *,
+    goal: Goal | None = None,
+    axes: Sequence[str] | None = None,
+    minutes: float = 10.0,
+    trials: int | None = None,
+    out: str | Path = "vitreous-search",
+    plot: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    download: bool = False,
+    progress: Progress = lambda what, share: None,
+) -> Found:
+    """Try combinations of token steps, removed heads and hidden units, integers and runtimes; ship the best within the budget.
+
+    First comes what `vitreous slim` does by itself; then, as long as `minutes` (of all runs in this folder) and `trials` allow,
+    what promises most by what each step loses alone and by a latency predicted from what was measured. `out` holds `trials.jsonl`
+    (a search that was stopped goes on from it, repeating no trial), the front with its recipes, and in `best/` the shipped files
+    with proof and report.
+
+    Raises `VitreousError` for an axis that the model does not have, limits that no axis can help with, a model that is quantized
+    already, and a folder with the search of another model, of other images or of another machine.
+    """
+    goal = goal or Goal()
+    if minutes < 0 or (trials is not None and trials < 0):
+        raise VitreousError("give a number of minutes, and of trials, of at least 0")
+    ladders, out = space(model, axes, goal), Path(out)
+    if plot is not None:
+        writable(plot, overwrite=True, option="another --plot")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VitreousError(f"cannot write in {out}: {error.strerror or error}; give another --out") from error
+    with locked(out), folder(out / "best", overwrite=True) as (aside, _):
+        held: list[Explorer] = []
+
+        def explored(chooser: Chooser, images: Tensor) -> dict[str, nn.Module]:
+            record = Record(out / "trials.jsonl", _about(chooser, data, goal, threads))
+            held.append(Explorer(record, ladders, minutes, trials, aside / "tried", threads))
+            return held[0].options(chooser, images)
+
+        job = Job(aside, data, seed, threads, goal, limit, progress, options=explored)
+        proof = job.run(model, None, download=download)
+        points = held[0].points()
+        on = front(points, goal)
+        written(on, out)
+        if plot is not None:
+            title = f"{len(held[0].record.all('trial'))} recipes of {type(model).__name__}"
+            write_whole(plot, drawn(points, goal, held[0].budget, title))
+        original = held[0].original()
+    mean = float(torch.tensor(original).log().mean().exp())
+    return Found(on, points, proof, mean, job.notes, job.log)
+
+
+def _about(chooser: Chooser, data: str, goal: Goal, threads: int | None) -> dict[str, Any]:
+    """What a record is of, in words that a refusal can show."""
+    batches = chooser.judge.batches
+    cores = threads or torch.get_num_threads()
+    return {
+        "model": fingerprint(chooser.net)[:12],
+        "set of images": f"{data} {fingerprint(batches[0][0], sum(len(x) for x, _ in batches), chooser.calibrate)[:12]}",
+        "machine": f"{platform.machine()} {_processor()}, {cores} threads",
+        "batch": list(goal.batches),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
