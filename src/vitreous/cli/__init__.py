@@ -14,6 +14,7 @@ from ..errors import VitreousError
 from .anatomy import anatomy
 from .faithful import faithful
 from .heads import heads
+from .label import label
 from .merge import merge
 from .prove import prove
 from .run import run
@@ -38,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (slim, search, ship, run, prove, see, faithful, heads, studio, train, merge, anatomy, steps, systems):
+for command in (slim, search, ship, run, prove, see, faithful, heads, studio, train, label, merge, anatomy, steps, systems):
     app.command()(command)
 
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ def train(
     teacher: Annotated[str | None, typer.Option(help="timm name or saved model to learn from")] = None,
     teacher_checkpoint: Annotated[Path | None, typer.Option(help="local weights for --teacher")] = None,
     steps: Annotated[str | None, typer.Option(help='applied first, as "VPT(prompts=10)"; what they freeze stays')] = None,
+    partner: Annotated[
+        str | None, typer.Option(help="a second student, a CNN's timm name, that learns beside MODEL: Collaborate()")
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" (default: CrossEntropy(), and KD() of a teacher)')
     ] = None,
@@ -31,7 +34,9 @@ def train(
     epochs: Annotated[float, typer.Option(min=0, help="times through the training images")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="images a step")] = 128,
     micro: Annotated[int | None, typer.Option(min=1, help="images at once, where a batch does not fit into memory")] = None,
-    augment: Annotated[str, typer.Option(help="crop, shift (for small pictures), randaugment, or none")] = "crop",
+    augment: Annotated[
+        str, typer.Option(help="crop, shift (for small pictures), randaugment, none, or FerKD(labels='labels.safetensors')")
+    ] = "crop",
     mixup: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
     cutmix: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="decay of an average of the weights")] = None,
@@ -50,7 +55,7 @@ def train(
     from .. import store
     from ..data.training import class_names, training_data
     from ..errors import VitreousError
-    from ..learn import SAM, BinaryCrossEntropy, CrossEntropy, written
+    from ..learn import SAM, BinaryCrossEntropy, CrossEntropy, Students, written
     from ..learn import train as teach
     from ..learn.engine import accuracy_on
     from ..outputs import embeds
@@ -65,8 +70,12 @@ def train(
     if steps is not None:
         net = slim(net, Recipe.parse(steps))
     taught_by = store.open_model(teacher, checkpoint=teacher_checkpoint) if teacher is not None else None
+    if partner is not None:
+        classes: Any = getattr(net, "num_classes", None)
+        net = Students(store.open_model(partner, num_classes=classes).to(next(net.parameters()).device), net)
+        objective = objective or "Collaborate()"
     chosen = written.objectives(objective or ("CrossEntropy()" if taught_by is None else "CrossEntropy(), KD()"), taught_by)
-    base = written.optimiser(optimiser)
+    base, augmented = written.optimiser(optimiser), written.augmentation(augment)
     learn_from, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
     for what, part in (("train", learn_from), ("check", check)):
         print(f"{len(part)} images to {what}, {len(part.skipped)} files skipped", file=sys.stderr)
@@ -89,7 +98,7 @@ def train(
                 epochs=epochs,
                 batch=batch,
                 micro=micro,
-                augment=None if augment == "none" else augment,
+                augment=augmented,
                 mixup=mixup,
                 cutmix=cutmix,
                 ema=ema,
@@ -104,6 +113,9 @@ def train(
             )
         except KeyboardInterrupt:
             raise VitreousError(f"stopped; to go on: {shlex.join(['vitreous', *sys.argv[1:]])}") from None
+    if isinstance(taught, Students):
+        for name, student in (("cnn", taught.cnn), ("vit", taught.vit)):
+            store.save_model(student, out / f"{name}.safetensors")
     accuracy = accuracy_on(taught, check)
     what = "find one of their class" if embeds(taught, check.tensor([0]).to(next(taught.parameters()))) else "right"
     said = "" if accuracy is None else f", {100 * accuracy:.2f} % of {len(check)} images {what}"

@@ -3,10 +3,12 @@
 from .align import AlignToTable
 from .arbex import ARBEx, with_balance
 from .classify import BinaryCrossEntropy, CrossEntropy
+from .collaborate import Collaborate, Students
 from .consistency import token_reduction_consistency
 from .distill import KD, FeatureMatch
 from .engine import train
 from .ewa import EWA, merged, with_experts
+from .ferkd import CropLabels, FerKD, label_crops
 from .frd import frd, reverse_modules
 from .g2sd import MAE, GenericDistillation, SpecificDistillation
 from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenReductionConsistency, heal
@@ -44,10 +46,13 @@ __all__ = [
     "AlignToTable",
     "Batch",
     "BinaryCrossEntropy",
+    "Collaborate",
     "Connectivity",
+    "CropLabels",
     "CrossEntropy",
     "DeiTLT",
     "FeatureMatch",
+    "FerKD",
     "GenericDistillation",
     "GreedySoup",
     "KeepRate",
@@ -68,6 +73,7 @@ __all__ = [
     "SlimFit",
     "SparsifinerDistillation",
     "SpecificDistillation",
+    "Students",
     "TokenReductionConsistency",
     "UniformSoup",
     "connectivity_loss",
@@ -75,6 +81,7 @@ __all__ = [
     "frd",
     "heal",
     "keep_rate",
+    "label_crops",
     "largest_eigenvalue",
     "long_tailed",
     "merge",

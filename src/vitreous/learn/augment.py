@@ -13,12 +13,17 @@ from torchvision.transforms import v2
 from ..data import Data
 from ..data.transform import preparation
 from ..errors import VitreousError
+from .ferkd import FerKD, Labelled
 
 KINDS = ("crop", "shift", "randaugment")
 
 
-def transform_for(model: nn.Module, data: Any, augment: str | Callable[[Any], Tensor] | None) -> Callable[[Any], Tensor] | None:
+def transform_for(
+    model: nn.Module, data: Any, augment: str | Callable[[Any], Tensor] | FerKD | None
+) -> Callable[[Any], Tensor] | Labelled | None:
     """From a picture of `data` to the tensor that `model` takes; of tensors, from a batch to a batch (None: as they are)."""
+    if isinstance(augment, FerKD):
+        return augment.bound(model, data)
     if callable(augment):
         return augment
     if augment is not None and augment not in KINDS:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -60,15 +61,24 @@ class _Mine:
         return (self.order.steps - self.first) * len(self.mine)
 
 
+@runtime_checkable
+class Labelling(Protocol):
+    """A transform that brings the label of what it makes."""
+
+    def labelled(self, picture: Any, place: int) -> tuple[Tensor, Tensor]: ...
+
+
 class _Augmented(Dataset):
     """Pictures of `data`, changed by `transform` as drawn by seed, epoch and place."""
 
-    def __init__(self, data: Data, transform: Callable[[Any], Tensor], seed: int) -> None:
+    def __init__(self, data: Data, transform: Callable[[Any], Tensor] | Labelling, seed: int) -> None:
         self.data, self.transform, self.seed = data, transform, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, i = key
         seed_everything(self.seed, epoch, i)
+        if isinstance(self.transform, Labelling):
+            return *self.transform.labelled(self.data._whole(i), i), i
         return self.transform(self.data._whole(i)), torch.as_tensor(self.data.labels[i]), i
 
 
@@ -94,7 +104,7 @@ class Batches:
     def __init__(
         self,
         data: Data | Pair,
-        transform: Callable[[Any], Tensor] | None,
+        transform: Callable[[Any], Tensor] | Labelling | None,
         order: Order,
         first: int,
         mine: range,
@@ -106,6 +116,8 @@ class Batches:
         self.data, self.transform, self.order, self.first, self.mine = data, transform, order, first, mine
         self.mix, self.workers, self.device = mix, workers, device
         self.mixed_steps = mix_until * order.steps
+        if isinstance(transform, Labelling) and isinstance(mix, Mixup):
+            raise VitreousError("mixup and cutmix mix class numbers, and these pictures bring shares of classes: leave them out")
 
     def __iter__(self) -> Iterator[list[tuple[int, Batch]]]:
         pieces = self._loaded() if isinstance(self.data, Data) else self._held()
@@ -129,11 +141,15 @@ class Batches:
         for places in _Mine(self.order, self.first, self.mine):
             index = torch.tensor([i for _, i in places])
             where = index.to(images.device)
-            x = images[where].to(self.device)
+            x, y = images[where].to(self.device), None if labels is None else labels[where].to(self.device)
             if self.transform is not None:
                 seed_everything(self.order.seed, places[0][0], places[0][1])
+            if isinstance(self.transform, Labelling):
+                made = [self.transform.labelled(one, i) for one, i in zip(x, index.tolist(), strict=True)]
+                x, y = (torch.stack(t).to(self.device) for t in zip(*made, strict=True))
+            elif self.transform is not None:
                 x = self.transform(x)
-            yield Batch(x, None if labels is None else labels[where].to(self.device), index)
+            yield Batch(x, y, index)
 
     def _mixed(self, batch: Batch, step: int, piece: int) -> Batch:
         if self.mix is None or step >= self.mixed_steps:

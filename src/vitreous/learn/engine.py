@@ -29,6 +29,7 @@ from .augment import transform_for
 from .batches import Batches, Pair, in_turn, planned, seed_everything
 from .classify import CrossEntropy
 from .fabric import fabric_for, gather
+from .ferkd import FerKD
 from .objective import Batch, Now, Objective, Seen, look
 from .optimisers import AdamW, Optimiser
 from .retrieval import retrieval
@@ -77,7 +78,7 @@ def train(
     batch: int = 128,
     micro: int | None = None,
     warmup: float = 0.05,
-    augment: str | Callable[[Any], Tensor] | None = "crop",
+    augment: str | Callable[[Any], Tensor] | FerKD | None = "crop",
     mixup: float = 0.0,
     cutmix: float = 0.0,
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -104,7 +105,8 @@ def train(
         batch, micro: images a step over all processes, and how many of them go through the model at once (default: all that
             fall to a process); gradients of the rest are accumulated.
         augment: "crop" (random resized crop and flip), "shift" (pad by an eighth, crop, flip: for small pictures), "randaugment"
-            (with "crop"), None for the model's own preparation, or a function of a picture (of a batch, where data are tensors).
+            (with "crop"), None for the model's own preparation, a function of a picture (of a batch, where data are tensors), or
+            `FerKD`, stored crops with their labels.
         mixup, cutmix: strengths, as timm's; labels become shares. `mix` is another way to mix images and labels, such as
             `PatchMixing`; none of them after the share `mix_until` of the run.
         ema: decay of an average of the weights, which is then what is checked and returned.

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..calls import checked, read_calls
 from ..errors import VitreousError, nearest
+from .ferkd import FerKD
 from .merging import RULES, MergingRule
 from .objective import REGISTRY, Objective
 from .optimisers import SGD, AdamW, Lion, Optimiser, SGDSaI
@@ -31,6 +32,16 @@ def optimiser(text: str, **given: Any) -> Optimiser:
         raise VitreousError(f"give one optimiser, as Lion(lr=1e-4), not {len(found)}")
     name, parameters = found[0]
     return _made(name, {**given, **parameters}, OPTIMISERS, "optimiser")
+
+
+def augmentation(text: str) -> str | FerKD | None:
+    """The name of an augmentation, None for "none", or `FerKD(labels='labels.safetensors')`."""
+    if "(" not in text:
+        return None if text == "none" else text
+    found = read_calls(text, "augmentation", "FerKD(labels='labels.safetensors')")
+    if len(found) != 1:
+        raise VitreousError(f"give one augmentation, as FerKD(labels='labels.safetensors'), not {len(found)}")
+    return _made(*found[0], {"FerKD": FerKD}, "augmentation")
 
 
 def rule(text: str) -> MergingRule:
