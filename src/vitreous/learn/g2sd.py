@@ -122,8 +122,8 @@ class SpecificDistillation(Objective):
     alpha: float = 0.5
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
-        cls, dist = two_answers(seen, now.model, "SpecificDistillation")
         theirs = now.teach(need_teacher(self.teacher, "SpecificDistillation"), batch.images).logits
+        cls, dist = two_answers(seen, now.model, "SpecificDistillation")
         same_classes(dist, theirs, "SpecificDistillation")
         labels = batch.need_labels()
         ours, taught = deit_lt(cls, dist, theirs, labels if labels.ndim == 1 else labels.to(cls), alpha=self.alpha)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
-from ..data.transform import preparation
 from ..errors import VitreousError
 from .objective import look
 
@@ -42,7 +41,7 @@ def as_map(out: Tensor, prefix: int = 0) -> Tensor:
 def probe(model: nn.Module, size: int, layers: tuple[str, ...]) -> list[Tensor]:
     """What leaves `layers` for one grey picture of `size` pixels a side."""
     training, p = model.training, next(model.parameters())
-    channels = preparation(model).config["input_size"][0] if hasattr(model, "pretrained_cfg") else 3
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     grey = torch.zeros(1, channels, size, size, device=p.device, dtype=p.dtype)
     seen = look(model.eval(), grey, ("logits",), (), layers)
     model.train(training)

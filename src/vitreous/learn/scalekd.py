@@ -98,7 +98,9 @@ class TeacherEnd:
             tail = ("norm",) if isinstance(norm, nn.Module) and any(True for _ in norm.parameters()) else ()
             return TeacherEnd(teacher, first, (last, *tail)[-1], (last, *tail), 0)
         if not 0 < blocks < len(names):
-            raise VitreousError(f"ScaleKD: the teacher has {len(names)} blocks, the last {blocks} cannot be its last stage")
+            raise VitreousError(
+                f"ScaleKD: of the teacher's {len(names)} blocks the last {blocks} cannot be its last stage: give last="
+            )
         end = final(teacher)
         tail = () if end == names[-1] else (end,)
         return TeacherEnd(teacher, names[-blocks - 1], end, (*names[-blocks:], *tail), read(teacher).prefix)
