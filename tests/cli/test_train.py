@@ -141,3 +141,22 @@ def test_adapters_train_from_the_command_line(photos, tmp_path, monkeypatch, cap
     assert status == 0 and "find one of their class" in out, err
     status, _, err = vitreous(monkeypatch, capsys, *words, tmp_path / "no", "--steps", "VPT(prompts=0)")
     assert status == 2 and "prompts must lie in" in err
+
+
+def test_labels_of_crops_and_a_partner(photos, tmp_path, monkeypatch, capsys):
+    labels = tmp_path / "labels.safetensors"
+    teach = ["label", *SMALL, "--num-classes", 3, "--data", photos, "--crops", 2, "--out", labels]
+    status, out, err = vitreous(monkeypatch, capsys, *teach)
+    assert status == 0, err
+    assert "2 crops of each of 48 pictures" in out and "% kept" in out
+    words = ["train", *SMALL, "--data", photos, "--batch", 16, "--epochs", 1]
+    status, _, err = vitreous(monkeypatch, capsys, *words, "--augment", f"FerKD(labels='{labels}')", "--out", tmp_path / "a")
+    assert status == 0, err
+    status, _, err = vitreous(
+        monkeypatch, capsys, *words, "--augment", f"FerKD(labels='{labels}')", "--seed", 5, "--out", tmp_path / "b"
+    )
+    assert status == 2 and "other pictures" in err
+    status, _, err = vitreous(monkeypatch, capsys, *words, "--partner", "resnet18", "--out", tmp_path / "c")
+    assert status == 0, err
+    assert {"cnn.safetensors", "vit.safetensors"} <= {p.name for p in (tmp_path / "c").iterdir()}
+    assert vt.load(tmp_path / "c" / "vit.safetensors").num_classes == 3

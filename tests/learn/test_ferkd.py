@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from learning import pictures, vit
+from support import GOLDENS
 
 import vitreous as vt
 from vitreous.learn import CropLabels, FerKD, label_crops
-from vitreous.learn.ferkd import cut
+from vitreous.learn.ferkd import cut, restored
 from vitreous.learn.written import augmentation
 
 
@@ -113,3 +115,10 @@ def test_refusals(labels, data, tmp_path):
     ):
         with pytest.raises(vt.VitreousError, match=match):
             refused()
+
+
+@pytest.mark.parametrize("rest", ["marginal", "renorm", "smoothing"])
+def test_the_released_restoring_of_stored_labels(rest):
+    held = np.load(GOLDENS / "ferkd--fkd_top5.npz")
+    index, value, wanted = (torch.from_numpy(held[k]) for k in ("index", "value", f"soft_{rest}"))
+    torch.testing.assert_close(restored(index, value, 20, rest), wanted, atol=1e-10, rtol=1e-10)

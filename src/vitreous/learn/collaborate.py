@@ -24,7 +24,7 @@ class Students(nn.Module):
         super().__init__()
         self.cnn, self.vit = cnn, vit
         if hasattr(vit, "pretrained_cfg"):
-            self.pretrained_cfg: Any = vit.pretrained_cfg
+            self.pretrained_cfg: Any = dict(preparation(vit).config)  # pictures as the ViT wants them
 
     def forward(self, images: Tensor) -> Tensor:
         a, b = together(answer(self.cnn(images)), answer(self.vit(images)))
