@@ -20,6 +20,8 @@ from .objective import Batch, Now, Objective, Seen, look, objective
 class Students(nn.Module):
     """Two models that see the same pictures. It answers with the mean of their logits; `cnn` and `vit` are taken out by name."""
 
+    vitreous_embeds = False  # classes, of the image or of each pixel
+
     def __init__(self, cnn: nn.Module, vit: nn.Module) -> None:
         super().__init__()
         self.cnn, self.vit = cnn, vit
