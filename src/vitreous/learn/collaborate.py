@@ -68,7 +68,7 @@ def pixel_wise(a: Tensor, b: Tensor, who: Tensor, tau: float = 1.0) -> Tensor:
 def region_wise(a: Tensor, b: Tensor, who: Tensor) -> Tensor:
     """Of features `[B, C, h, w]`, pooled to the regions of `who [B, r, r]`: the worse student's is turned to the better one's,
     which stands still. 1 − cosine, the mean over all regions."""
-    a, b = (F.adaptive_avg_pool2d(x, who.shape[1:]) for x in (a, b))
+    a, b = (F.adaptive_avg_pool2d(x, (who.shape[1], who.shape[2])) for x in (a, b))
     to_b, to_a = 1 - F.cosine_similarity(a.detach(), b, dim=1), 1 - F.cosine_similarity(a, b.detach(), dim=1)
     return ((who > 0) * to_b + (who < 0) * to_a).mean()
 
@@ -127,7 +127,7 @@ class Collaborate(Objective):
             maps.append([as_map(view.layers[n], prefix).float() for n in names])
         (low_a, high_a), (low_b, high_b) = maps
         dense = labels.ndim == 3
-        a, b = together(*logits, labels.shape[1:] if dense else None)
+        a, b = together(logits[0], logits[1], labels.shape[1:] if dense else None)
         seen.logits = (a + b).detach() / 2
         target, hard = labels if labels.ndim != 2 else labels.to(a), labels if labels.ndim != 2 else labels.argmax(1)
         terms = {f"cls {n}": F.cross_entropy(z.float(), target, ignore_index=-1) for n, z in (("cnn", a), ("vit", b))}

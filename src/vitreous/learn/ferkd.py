@@ -72,7 +72,7 @@ def cut(picture: Any, box: Tensor, flip: bool, size: tuple[int, int], config: An
     """A crop of a picture, or of `[C, H, W]`, at `size`; a picture is normalised as `config` says (timm's mean, std …)."""
     top, left, height, width = box.tolist()
     how = InterpolationMode.BILINEAR if config is None else InterpolationMode(config["interpolation"])
-    crop = pictures.resized_crop(picture, top, left, height, width, list(size), how, antialias=True)
+    crop: Any = pictures.resized_crop(picture, top, left, height, width, list(size), how, antialias=True)
     crop = pictures.hflip(crop) if flip else crop
     return crop if config is None else pictures.normalize(pictures.to_tensor(crop), config["mean"], config["std"])
 
