@@ -117,6 +117,7 @@ def test_models_that_do_not_go_together(photos, tmp_path, monkeypatch, capsys):
         (["--num-classes", "2"], "3 classes but the model only 2"),
         (["--checkpoint", "resnet.pt"], "do not fit VisionTransformer"),
         (["--precision", "17-mixed"], "cannot train with accelerator=cpu, precision=17-mixed"),
+        (["--precision", "transformer-engine"], "precision=transformer-engine: it is one of 32-true"),
         (["--ema", "1"], "ema, the decay of the averaged weights"),
     ],
 )

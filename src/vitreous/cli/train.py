@@ -40,7 +40,7 @@ def train(
     mixup: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
     cutmix: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="decay of an average of the weights")] = None,
-    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed …")] = "32-true",
+    precision: Annotated[str, typer.Option(help="32-true, 64-true, bf16-mixed or 16-mixed.")] = "32-true",
     compile: Annotated[bool, typer.Option(help="compile the model first")] = False,
     workers: Annotated[int, typer.Option(min=0, help="processes that read pictures")] = 0,
 ) -> None:

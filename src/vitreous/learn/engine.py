@@ -111,7 +111,7 @@ def train(
             `PatchMixing`; none of them after the share `mix_until` of the run.
         ema: decay of an average of the weights, which is then what is checked and returned.
         clip: largest norm of the gradient; None for any.
-        precision: Fabric's: "32-true", "bf16-mixed", "16-mixed", "bf16-true" …
+        precision: "32-true", "64-true", "bf16-mixed" or "16-mixed", as Fabric calls them.
         check: labelled images on which accuracy is measured after each epoch (where the model gives features, recall@1 among
             them); the best weights are kept in `out` too.
         out: folder for checkpoints (every `every` seconds and after each epoch), curves and the result. If it holds an unfinished

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import VitreousError
 
+PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")  # weights and averages stay in full precision in all of them
+
 
 def fabric_for(accelerator: str, devices: int | str, precision: Any) -> Any:
     """A Fabric that has begun: DDP where torchrun says that there are several processes."""
@@ -18,6 +20,10 @@ def fabric_for(accelerator: str, devices: int | str, precision: Any) -> Any:
         from lightning_fabric.utilities.exceptions import MisconfigurationException
     except ImportError:
         raise VitreousError("training needs Lightning Fabric: python -m pip install 'vitreous[learn]'") from None
+    if str(precision) not in PRECISIONS:
+        raise VitreousError(
+            f"cannot train with accelerator={accelerator}, precision={precision}: it is one of {', '.join(PRECISIONS)}"
+        )
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     strategy: Any = DDPStrategy(find_unused_parameters=True) if many else "auto"
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else devices

@@ -37,7 +37,7 @@ class NViT(Step):
     keep: share of the blocks' time that is left. structures: kinds that may go. latency: λ, 0 for the loss alone; in units of the
         mean criterion over the mean gain, for the published 5e-4 belongs to seconds of one machine and the loss of one training.
     costs: what time is made of: a multiply-accumulate of projections, of MLP, of products of attention, a number of the attention
-        map, a number of the tokens. By default multiply-accumulates count alike; `vt.search.costs` measures them here.
+        map, a number of the tokens. By default multiply-accumulates count alike.
     rounds: criterion and ranking are done anew after each share of what goes.
 
     The paper prunes while it trains, with labels, distillation and momentum; this is done on finished weights, without labels:
