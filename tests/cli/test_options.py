@@ -15,6 +15,7 @@ from typer.main import get_command
 import vitreous as vt
 from vitreous.cli import app
 from vitreous.cli.options import DataOptions, ModelOptions
+from vitreous.store.expects import read_classes
 
 Patch, Capture = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 OPENING = {"slim", "prove", "see", "heads", "faithful", "anatomy", "studio", "train"}
@@ -98,14 +99,14 @@ def test_a_model_goes_where_it_is_asked(monkeypatch: Patch) -> None:
 )
 def test_class_names_in_files(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
-    assert vt.expects.read_classes(tmp_path / name) == ("owl", "fox")
+    assert read_classes(tmp_path / name) == ("owl", "fox")
 
 
 @pytest.mark.parametrize("text", ['{"owl": 0, "fox": 2}', '{"owl": "fox"}', '"owl"', "{", "[]"])
 def test_class_names_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(text)
     with pytest.raises(vt.VitreousError, match="class name"):
-        vt.expects.read_classes(tmp_path / "names.json")
+        read_classes(tmp_path / "names.json")
 
 
 def test_steps_are_listed_with_their_parameters(monkeypatch: Patch, capsys: Capture) -> None:

@@ -146,7 +146,7 @@ class Heads(Step):
             raise VitreousError(f"{self.name}: the plan has {len(plan['heads'])} blocks, the model has {len(blocks)}")
         for block, removed in zip(blocks, plan["heads"], strict=True):
             heads = range(cast(int, block.attn.num_heads))
-            if not set(removed) <= set(heads):
+            if not set(removed) < set(heads):  # a block keeps one at least
                 raise VitreousError(
                     f"{self.name}: the plan removes heads {removed} of block '{block.name}', which has {len(heads)}"
                 )
