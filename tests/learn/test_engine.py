@@ -154,8 +154,11 @@ def test_two_processes_equal_one(tmp_path):
         subprocess.Popen(
             [sys.executable, str(script)],
             env=os.environ | torchrun | {"RANK": r, "LOCAL_RANK": r},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # a worker speaks with its controller by its own
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # signals to their group are for them alone
         )
         for r in "01"
     ]
