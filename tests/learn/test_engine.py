@@ -129,17 +129,18 @@ class Centred(Objective):
 
 
 TWO = """
-import sys, torch
+import os, sys, torch
 sys.path[:0] = {tests!r}
 from learning import pictures, vit
+from safetensors.torch import save_file
 from test_engine import KEYS, Centred
 import vitreous as vt
-one = vt.train(vit(), pictures(), **KEYS, devices=2)
-whole = vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=2)
-if torch.distributed.get_rank() == 0:
-    from safetensors.torch import save_file
-    save_file(one.state_dict(), {out!r} + "/one.safetensors")
-    save_file(whole.state_dict(), {out!r} + "/whole.safetensors")
+many = int(os.environ.get("WORLD_SIZE", "1"))
+one = vt.train(vit(), pictures(), **KEYS, devices=many)
+whole = vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=many)
+if int(os.environ.get("RANK", "0")) == 0:
+    save_file(one.state_dict(), {out!r} + f"/one{{many}}.safetensors")
+    save_file(whole.state_dict(), {out!r} + f"/whole{{many}}.safetensors")
 """
 
 
@@ -150,23 +151,17 @@ def test_two_processes_equal_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=os.environ | torchrun | {"RANK": r, "LOCAL_RANK": r},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # a worker speaks with its controller by its own
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # signals to their group are for them alone
-        )
-        for r in "01"
-    ]
-    said = [process.communicate(timeout=600)[1] for process in both]
-    assert all(process.returncode == 0 for process in both), "".join(s[-2000:] for s in said)
-    for name, objective in (("one", [CrossEntropy()]), ("whole", [CrossEntropy(), Centred()])):
-        alone = vt.train(vit(), pictures(), objective, **KEYS).state_dict()
-        together = load_file(tmp_path / f"{name}.safetensors")
+    outside = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "LOCAL_", "WORLD_", "MASTER_", "NODE_"))
+    }
+    said, runs = tmp_path / "said", [torchrun | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
+    with said.open("w") as log:  # in a session of their own, so that nothing they do to each other reaches these tests
+        keys = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        both = [subprocess.Popen([sys.executable, str(script)], env=outside | run, **keys) for run in (*runs, {})]
+        codes = [process.wait(timeout=600) for process in both]
+    assert codes == [0, 0, 0], said.read_text()[-3000:]
+    for name in ("one", "whole"):
+        alone, together = (load_file(tmp_path / f"{name}{many}.safetensors") for many in (1, 2))
         assert max(float((alone[k] - together[k]).abs().max()) for k in alone) < 1e-5, name
 
 
