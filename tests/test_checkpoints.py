@@ -318,7 +318,7 @@ def test_a_folder_of_timm(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2).eval()
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
     told = dict(model_config={"label_names": ["owl", "fox"]}, model_args=dict(img_size=32, depth=1))
-    save_for_hf(model, tmp_path / "m", safe_serialization=True, **told)  # type: ignore[arg-type]
+    save_for_hf(model, tmp_path / "m", safe_serialization=True, **told)
     again: Any = vt.open(tmp_path / "m")
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():

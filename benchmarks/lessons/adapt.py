@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import vitreous as vt
-from vitreous.learn.engine import accuracy_on
+from vitreous.learn.measure import accuracy_on
 from vitreous.learn.objective import look
 
 from .bench import Bench, Figures, Pair, experiment, keep

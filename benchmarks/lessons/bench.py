@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vitreous as vt
-from vitreous.learn.engine import accuracy_on
+from vitreous.learn.measure import accuracy_on
 
 Pair = tuple[Tensor, Tensor]
 Figures = dict[str, float]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
 def console(**options: Any) -> Console:
@@ -18,3 +19,17 @@ def progress_bar() -> Progress:
     watched = console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
+
+
+def stages(bar: Progress) -> Callable[[str, float], None]:
+    """Told a stage of the work and the share of it that is done, shows a bar of that stage alone."""
+    tasks: dict[str, TaskID] = {}
+
+    def progress(what: str, share: float) -> None:
+        if what not in tasks:
+            for done in tasks.values():
+                bar.update(done, visible=False)
+            tasks[what] = bar.add_task(what, total=1.0)
+        bar.update(tasks[what], completed=share)
+
+    return progress

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import vitreous as vt
 from vitreous.anatomy import read
 from vitreous.blocks import plain_blocks, traced
-from vitreous.learn.engine import accuracy_on
+from vitreous.learn.measure import accuracy_on
 from vitreous.learn.objective import look
 
 QUICK = dict(batch=16, augment=None)

@@ -155,7 +155,7 @@ def test_two_processes_equal_one(tmp_path):
         k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "LOCAL_", "WORLD_", "MASTER_", "NODE_"))
     }
     said, runs = tmp_path / "said", [torchrun | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
-    with said.open("w") as log:  # in a session of their own, so that nothing they do to each other reaches these tests
+    with said.open("w") as log:  # apart, so that no signal between them reaches what runs these tests
         keys = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         both = [subprocess.Popen([sys.executable, str(script)], env=outside | run, **keys) for run in (*runs, {})]
         codes = [process.wait(timeout=600) for process in both]

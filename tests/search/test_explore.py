@@ -159,7 +159,7 @@ class Tried:
     def search(self, folder: Path, trials: int) -> tuple[Explorer, dict[str, nn.Module]]:
         ladders: Any = {"tokens": [[EViT(keep=0.9), EViT(keep=0.6)]], "heads": [[Heads(share=0.25)]]}
         explorer = Explorer(Record(folder / "trials.jsonl", ABOUT), {**ladders, "runtime": []}, 10, trials, folder / "tried")
-        return explorer, explorer.options(self, self.images)  # type: ignore[arg-type]
+        return explorer, explorer.options(self, self.images)
 
 
 def test_a_search_goes_on_where_it_was_and_repeats_nothing(

@@ -26,7 +26,7 @@ def merge(
     from ..files import writable
     from ..learn import merge as merged
     from ..learn import written
-    from ..learn.engine import accuracy_on
+    from ..learn.measure import accuracy_on
 
     chosen = written.rule(rule)
     writable(out, overwrite, "another --out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -37,21 +37,13 @@ def search(
     from ..search import Goal
     from ..search import search as run
     from ..search.front import table
-    from ..terminal import console, progress_bar
+    from ..terminal import console, progress_bar, stages
 
     mega = lambda value: None if value is None else value / 1e6
     goal = Goal(budget, speedup, latency, mega(bytes), macs, mega(memory), batch)
     wanted = None if axes is None else [a.strip() for a in axes.split(",") if a.strip()]
     with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, share: float) -> None:
-            if what not in tasks:
-                for done in tasks.values():
-                    bar.update(done, visible=False)
-                tasks[what] = bar.add_task(what, total=1.0)
-            bar.update(tasks[what], completed=share)
-
+        progress = stages(bar)
         net = opening.open(model)
         found = run(
             net,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -38,7 +38,7 @@ def slim(
     from ..files.folders import folder
     from ..search import Goal, Job
     from ..steps import Recipe, kept_in
-    from ..terminal import console, progress_bar
+    from ..terminal import console, progress_bar, stages
 
     if recipe is not None and steps is not None:
         raise VitreousError("give --recipe or --steps, not both")
@@ -48,15 +48,7 @@ def slim(
     goal = Goal(budget, speedup, latency, megabytes)
     printer = console()
     with folder(out, overwrite) as (aside, target), progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, share: float) -> None:
-            if what not in tasks:
-                for done in tasks.values():
-                    bar.update(done, visible=False)
-                tasks[what] = bar.add_task(what, total=1.0)
-            bar.update(tasks[what], completed=share)
-
+        progress = stages(bar)
         progress("opening model", 0.0)
         net = opening.open(model)
         job = Job(aside, source.data, source.seed, opening.threads, goal, source.limit, progress, resume, heal)

@@ -57,7 +57,7 @@ def train(
     from ..errors import VitreousError
     from ..learn import SAM, BinaryCrossEntropy, CrossEntropy, Students, written
     from ..learn import train as teach
-    from ..learn.engine import accuracy_on
+    from ..learn.measure import accuracy_on
     from ..outputs import embeds
     from ..steps import Recipe, slim
     from ..terminal import console

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,12 +119,12 @@ class BalancedHead(nn.Module):
         return self.balance(e, self.classifier(e)).final.clamp_min(1e-12).log()
 
 
-def _made(model: nn.Module, **given: object) -> tuple[str, ReliabilityBalance]:
+def _made(model: nn.Module, **given: Any) -> tuple[str, ReliabilityBalance]:
     name = read(model).classifier
     head = model.get_submodule(name) if name else None
     if name is None or not isinstance(head, nn.Linear):
         raise VitreousError(f"ARBEx balances what a linear classifier says of features, and {type(model).__name__} has none")
-    return name, ReliabilityBalance(head.in_features, head.out_features, **given)  # type: ignore[arg-type]
+    return name, ReliabilityBalance(head.in_features, head.out_features, **given)
 
 
 def with_balance(model: nn.Module, anchors: int = 10, heads: int = 1, over: Over = "anchors") -> nn.Module:

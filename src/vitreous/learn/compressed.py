@@ -50,7 +50,8 @@ class Gelu(Function):
         return F.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
         kept, size = ctx.saved_tensors
         x = from_bits(kept, size, ctx.shape).to(g.dtype)
         cdf, pdf = (1 + torch.erf(x / math.sqrt(2))) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -67,7 +68,8 @@ class Linear(Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
         kept, size, weight = ctx.saved_tensors
         x, rows = from_bits(kept, size, ctx.shape).to(g.dtype).flatten(0, -2), g.flatten(0, -2)
         return g @ weight.to(g.dtype), (rows.mT @ x).to(weight.dtype), rows.sum(0).to(weight.dtype) if ctx.biased else None, None
@@ -83,7 +85,8 @@ class Product(Function):
         return a @ b
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
         (a, a_size, b, b_size), (a_shape, b_shape) = ctx.saved_tensors, ctx.shapes
         return g @ from_bits(b, b_size, b_shape).to(g.dtype).mT, from_bits(a, a_size, a_shape).to(g.dtype).mT @ g, None
 
@@ -99,7 +102,8 @@ class Mix(Function):
         return probs @ v
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
         kept, v, size = ctx.saved_tensors
         probs, v = kept.to(g.dtype) / 256, from_bits(v, size, ctx.shape).to(g.dtype)
         slope = g @ v.mT * probs
@@ -120,7 +124,8 @@ class FrozenNorm(Function):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
         kept, place, std, weight = ctx.saved_tensors
         y = torch.zeros(g.numel(), dtype=g.dtype, device=g.device).scatter_(0, place.long(), kept.to(g.dtype)).view_as(g)
         slope = g * weight.to(g.dtype) / std

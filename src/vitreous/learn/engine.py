@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import VitreousError
-from ..outputs import answer, embeds
+from ..outputs import embeds
 from ..steps import refuse_nan
 from ..store.expects import class_names, expect
 from .augment import transform_for
-from .batches import Batches, Pair, in_turn, planned, seed_everything
+from .batches import Batches, Pair, planned, seed_everything
 from .classify import CrossEntropy
 from .fabric import fabric_for, gather
 from .ferkd import FerKD
+from .measure import Meter, accuracy_on
 from .objective import Batch, Now, Objective, Seen, look
 from .optimisers import AdamW, Optimiser
-from .retrieval import retrieval
 from .run import Run
 from .sam import SAM, ascend
 
@@ -255,30 +255,6 @@ def train(
         return result.eval()
 
 
-class Meter:
-    """Running means of the loss and its terms, and of accuracy where labels are class numbers or shares and the model judges."""
-
-    def __init__(self, judges: bool) -> None:
-        self.judges = judges
-        self.images, self.loss, self.right, self.judged = 0, 0.0, 0, 0
-        self.terms: dict[str, float] = {}
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, terms: dict[str, Tensor], seen: Seen, batch: Batch) -> None:
-        n = len(batch.images)
-        self.images += n
-        self.loss += float(loss) * n
-        for name, term in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + float(term) * n
-        if self.judges and batch.labels is not None and seen.logits.ndim == 2 and len(seen.logits) == n:
-            self.right += int((seen.logits.argmax(1) == batch.classes).sum())
-            self.judged += n
-
-    @property
-    def accuracy(self) -> float | None:
-        return self.right / self.judged if self.judged else None
-
-
 class _Teachers:
     """Runs each teacher once a piece, whoever asks."""
 
@@ -314,32 +290,6 @@ class _Teachers:
                     "give a teacher, or a student, for pictures of the same size"
                 ) from error
         return self.seen[key]
-
-
-def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | None:
-    """Share of the labelled images of `data` that `model` gets right; of a model that gives features, recall@1 among them. None
-    without labels, and where no class has two images to find each other."""
-    right = n = 0
-    features: list[tuple[Tensor, Tensor]] = []
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for x, y in in_turn(data, size):
-            if y is None:
-                return None
-            logits = answer(model(x.to(device)))
-            if embeds(model, x.to(device)):
-                features.append((logits.cpu(), y.cpu()))
-                continue
-            right += int((logits.argmax(1).cpu() == (y if y.ndim == 1 else y.argmax(1)).cpu()).sum())
-            n += len(x)
-    model.train(training)
-    if features:
-        found, labels = (torch.cat(t) for t in zip(*features, strict=True))
-        once = found.ndim != 2 or labels.ndim != 1 or len(labels.unique()) == len(labels)
-        return None if once else retrieval(found, labels, (1,))["recall@1"]
-    return right / n
 
 
 def _outputs(model: nn.Module, data: Data | Pair) -> int:

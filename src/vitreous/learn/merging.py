@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import Data
 from ..errors import VitreousError
 from .batches import Pair, in_turn
-from .engine import accuracy_on
+from .measure import accuracy_on
 
 RULES: dict[str, type[MergingRule]] = {}
 Kind = TypeVar("Kind", bound="type[MergingRule]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -127,7 +128,7 @@ class PLeaS(MergingRule):
         if not 0 <= self.ratio < 1 or self.images < 1:
             raise VitreousError(f"PLeaS: ratio must lie in [0, 1) and images be at least 1, not {self.ratio} and {self.images}")
 
-    def __call__(self, states: list[State], kitchen: Kitchen) -> State:  # type: ignore[override]
+    def __call__(self, states: Sequence[State], kitchen: Kitchen) -> State:
         if len(states) != 2:
             raise VitreousError(f"PLeaS merges two models, not {len(states)}: merge the result with the next one")
         return aligned(states, kitchen, self)

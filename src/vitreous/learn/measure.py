@@ -1,0 +1,62 @@
+"""How well a model does: while it learns, and on images that it does not learn from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Data
+from ..outputs import answer, embeds
+from .batches import Pair, in_turn
+from .objective import Batch, Seen
+from .retrieval import retrieval
+
+
+class Meter:
+    """Running means of the loss and its terms, and of accuracy where labels are class numbers or shares and the model judges."""
+
+    def __init__(self, judges: bool) -> None:
+        self.judges = judges
+        self.images, self.loss, self.right, self.judged = 0, 0.0, 0, 0
+        self.terms: dict[str, float] = {}
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, terms: dict[str, Tensor], seen: Seen, batch: Batch) -> None:
+        n = len(batch.images)
+        self.images += n
+        self.loss += float(loss) * n
+        for name, term in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + float(term) * n
+        if self.judges and batch.labels is not None and seen.logits.ndim == 2 and len(seen.logits) == n:
+            self.right += int((seen.logits.argmax(1) == batch.classes).sum())
+            self.judged += n
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.right / self.judged if self.judged else None
+
+
+def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | None:
+    """Share of the labelled images of `data` that `model` gets right; of a model that gives features, recall@1 among them. None
+    without labels, and where no class has two images to find each other."""
+    right = n = 0
+    features: list[tuple[Tensor, Tensor]] = []
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for x, y in in_turn(data, size):
+            if y is None:
+                return None
+            logits = answer(model(x.to(device)))
+            if embeds(model, x.to(device)):
+                features.append((logits.cpu(), y.cpu()))
+                continue
+            right += int((logits.argmax(1).cpu() == (y if y.ndim == 1 else y.argmax(1)).cpu()).sum())
+            n += len(x)
+    model.train(training)
+    if features:
+        found, labels = (torch.cat(t) for t in zip(*features, strict=True))
+        once = found.ndim != 2 or labels.ndim != 1 or len(labels.unique()) == len(labels)
+        return None if once else retrieval(found, labels, (1,))["recall@1"]
+    return right / n
