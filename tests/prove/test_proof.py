@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -117,9 +118,14 @@ def test_verdict_of_a_shipped_file_tells_the_drift_of_what_it_came_from(vit, oth
     proof = prove({"a": vit, "slim": other, "slim.onnx": lambda x: other(x)}, images, explain=explain, **quick)
     for measured in proof["slim.onnx"].latency:
         measured.__dict__["ratio"] = Interval(99.0, 98.0, 100.0)
+    proof = dataclasses.replace(proof, load=0.5)
     said = verdict(proof)
     assert said.model.name == "slim.onnx" and "99 times" in said.headline
     assert "attention of “slim” moved" in said.sentences[-1]
+    # Narrow as the interval is: threads that wait for each other on a full machine are late by the same time every round.
+    full = dataclasses.replace(proof, load=3.0 * int(proof.machine["cores"]))
+    assert "99" not in verdict(full).headline and "cannot be told" in verdict(full).headline
+    assert "No speed can be told" in str(full) and "No speed can be told" not in str(proof)
 
 
 def test_threads_of_a_runtime_are_its_own(vit, images, explain, quick):

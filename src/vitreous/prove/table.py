@@ -80,7 +80,17 @@ def caption(proof: Proof) -> str:
     rounds = f"{min(taken)}–{max(taken)}" if len(taken) > 1 else f"{max(taken, default=0)}"
     timing = f" · {rounds} interleaved rounds" if taken else ""
     threads = f"{proof.threads} thread{'s' if proof.threads != 1 else ''}"
-    return f"{proof.images:,} images of {proof.data} · {proof.machine['cpu']}, {threads}{timing} · 95 % intervals"
+    return f"{proof.images:,} images of {proof.data} · {proof.machine['cpu']}, {threads}{timing} · 95 % intervals" + (
+        f"\n{others} No speed can be told." if (others := busy(proof)) else ""
+    )
+
+
+def busy(proof: Proof) -> str:
+    """Said when more wanted to run than there are cores, which makes every speed unsure."""
+    load, cores = proof.load, int(proof.machine.get("cores") or 1)
+    if load is None or load <= 1.25 * cores:
+        return ""
+    return f"Others used the machine meanwhile: {load:.1f} processes wanted its {cores} core{'s' if cores > 1 else ''}."
 
 
 def signed(points: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .proof import Measured, Proof
 from .statistics import Interval
-from .table import signed, three, times
+from .table import busy, signed, three, times
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ def verdict(proof: Proof) -> Verdict:
     long: list[str] = []
     speeds = [(t.batch, t.ratio) for t in m.latency if t.ratio]
     if speeds:
-        short.append(_speed([r for _, r in speeds]))
+        short.append("speed cannot be told on this busy machine" if busy(proof) else _speed([r for _, r in speeds]))
         each = ", ".join(f"{times(r)} ({three(r.low)} to {three(r.high)}) times at batch {b}" for b, r in speeds)
         long.append(f"Against “{reference.name}”, the speed of “{m.name}” is {each}.")
-        if busy := _busy(proof):
-            long.append(busy)
+        if others := busy(proof):
+            long.append(others)
     elif m.simulated:
         short.append("speed not shown")
         long.append(f"“{m.name}” simulates its arithmetic ({m.simulated}), so it has no speed.")
@@ -75,14 +75,6 @@ def _speed(ratios: list[Interval]) -> str:
 
 def _rough(x: float) -> str:
     return f"{x:.0f}" if x >= 3 else f"{x:.1f}"
-
-
-def _busy(proof: Proof) -> str:
-    """Said when more wanted to run than there are cores, which makes every speed unsure."""
-    load, cores = proof.load, int(proof.machine.get("cores") or 1)
-    if load is None or load <= 1.25 * cores:
-        return ""
-    return f"Others used the machine meanwhile: {load:.1f} processes wanted its {cores} core{'s' if cores > 1 else ''}."
 
 
 def _accuracy(m: Measured, images: int, long: list[str]) -> list[str]:
