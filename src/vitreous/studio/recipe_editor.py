@@ -25,6 +25,7 @@ class RecipeEditor:
         self.text.on_value_change(guarded(self._draw))
         self.more.on_value_change(guarded(self._add))
         self._steps: list[Step] = []
+        self._fields: list[dict[str, ui.input]] = []
         ui.timer(0, guarded(self._draw), once=True)
 
     def checked(self) -> str:
@@ -41,15 +42,19 @@ class RecipeEditor:
             self.problem.set_text(str(reason))
             return
         self.problem.set_text("")
-        if steps == self._steps:
+        before, self._steps = self._steps, steps
+        if [step.name for step in steps] == [step.name for step in before]:
+            # The same fields stay, and of them only what changed: another may be just being written in.
+            for old, new, fields in zip(before, steps, self._fields):
+                for name, field in fields.items():
+                    if getattr(old, name) != getattr(new, name):
+                        field.set_value(repr(getattr(new, name)))
             return
-        self._steps = steps
         self.list.clear()
         with self.list:
-            for i, step in enumerate(steps):
-                self._row(i, step)
+            self._fields = [self._row(i, step) for i, step in enumerate(steps)]
 
-    def _row(self, i: int, step: Step) -> None:
+    def _row(self, i: int, step: Step) -> dict[str, ui.input]:
         told = described(step.name, type(step))
         with ui.column().classes("studio-step w-full gap-2"):
             with ui.row().classes("w-full items-center no-wrap gap-2"):
@@ -59,19 +64,24 @@ class RecipeEditor:
                 if i:
                     up = ui.button(icon="arrow_upward", on_click=guarded(partial(self._move, i)))
                     up.props("flat round dense aria-label='Earlier'")
-                gone = ui.button(icon="close", on_click=guarded(partial(self._write, self._steps[:i] + self._steps[i + 1 :])))
+                gone = ui.button(icon="close", on_click=guarded(partial(self._remove, i)))
                 gone.props("flat round dense aria-label='Remove this step'")
+            fields = {}
             with ui.row().classes("w-full gap-3"):
                 for parameter in told["parameters"]:
                     name = parameter["name"]
-                    value = ui.input(f"{name}: {parameter['type']}", value=repr(getattr(step, name)))
-                    value.props("outlined dense").classes("w-48")
-                    value.on("change", guarded(partial(self._set, i, name, value)))
+                    fields[name] = ui.input(f"{name}: {parameter['type']}", value=repr(getattr(step, name)))
+                    fields[name].props("outlined dense").classes("w-48")
+                    fields[name].on("change", guarded(partial(self._set, i, name, fields[name])))
+        return fields
 
     async def _add(self) -> None:
         if name := self.more.value:
             self.more.set_value(None)
             await self._write([*self._steps, *Recipe.parse(f"{name.split('.')[1]}()").steps])
+
+    async def _remove(self, i: int) -> None:
+        await self._write([*self._steps[:i], *self._steps[i + 1 :]])
 
     async def _move(self, i: int) -> None:
         steps = list(self._steps)
