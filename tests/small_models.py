@@ -104,6 +104,10 @@ SMALL: dict[str, Small] = {
         resized=dict(img_size=48),
         unused=("soft_hgnn.gate",),  # the released layer has it and never uses it
     ),
+    "dcls": Small("convnext_dcls_tiny", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False),
+    "dcls-thesis": Small(
+        "convnext_dcls_tiny_gauss", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False
+    ),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",

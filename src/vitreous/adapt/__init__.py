@@ -1,8 +1,9 @@
 """Steps that add small trainable parts to a model and leave the rest frozen: prompts, registers, a side network, a head."""
 
+from .dcls import DCLS
 from .embed import Embed
 from .hst import HST
 from .registers import Registers
 from .vpt import VPT
 
-__all__ = ["HST", "VPT", "Embed", "Registers"]
+__all__ = ["DCLS", "HST", "VPT", "Embed", "Registers"]

@@ -5,6 +5,7 @@ from .arbex import ARBEx, with_balance
 from .classify import BinaryCrossEntropy, CrossEntropy
 from .collaborate import Collaborate, Students
 from .consistency import token_reduction_consistency
+from .dcls import Repulsion
 from .distill import KD, FeatureMatch
 from .engine import train
 from .ewa import EWA, merged, with_experts
@@ -66,6 +67,7 @@ __all__ = [
     "PHReg",
     "PLeaS",
     "PatchMixing",
+    "Repulsion",
     "SGDSaI",
     "ScaleKD",
     "Seen",

@@ -8,8 +8,10 @@ from .fourier import irfft2, rfft2
 from .neighbourhood import NeighbourhoodAttention, adaptive_avg_pool, neighbourhoods
 from .positions import patch_grid, require_size, resample_position, sinusoid
 from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan, state_space_dual
+from .spacings import DCLS, repulsion, spaced_kernel
 
 __all__ = [
+    "DCLS",
     "ConditionalPosition",
     "DepthwiseMlp",
     "DilatedReparam",
@@ -24,10 +26,12 @@ __all__ = [
     "linear_recurrence",
     "neighbourhoods",
     "patch_grid",
+    "repulsion",
     "require_size",
     "resample_position",
     "rfft2",
     "selective_scan",
     "sinusoid",
+    "spaced_kernel",
     "state_space_dual",
 ]
