@@ -8,9 +8,8 @@ blocks of a stage share positions. A kernel is built anew in every forward, and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ class DclsConvNeXt(ConvNeXt):
 
     def __init__(self, size: int = 17, count: int = 34, version: str = "v0", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for stage in self.stages:
+        for stage in cast(Any, self.stages):
             first: DCLS | None = None
             for block in stage.blocks:
                 channels = block.conv_dw.in_channels
@@ -38,7 +37,6 @@ class DclsConvNeXt(ConvNeXt):
                 first = first or made
                 block.conv_dw = made
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith((".P", ".SIG"))}
 
