@@ -13,7 +13,14 @@ from torch import nn
 import vitreous as vt
 from vitreous.learn import Batch, Now, Seen
 from vitreous.learn.align import alignment
+from vitreous.learn.classify import by_labels
+from vitreous.learn.collaborate import together
 from vitreous.learn.ewa import Experts
+from vitreous.learn.frd import recalibration
+from vitreous.learn.heal import objectives_for
+from vitreous.learn.long_tail import deit_lt
+from vitreous.learn.measure import accuracy_on
+from vitreous.learn.nkd import nkd, uskd
 from vitreous.learn.sgd_sai import SGDSaIOptimizer
 
 STEP = dict(epochs=1, batch=16, augment=None, warmup=0, clip=None)
@@ -135,3 +142,66 @@ def test_averaged_weights_and_clipping_and_warmup():
     torch.testing.assert_close(moved, torch.tensor(0.001), rtol=1e-3, atol=0.0)
     warm = vt.train(net, data, optimiser=plain, **STEP | dict(warmup=1.0))[1].weight
     assert (warm - start).norm() < 0.02 * (after - start).norm()  # its first step is a hundredth as long
+
+
+# ---- one logit, and labels that mark several classes
+
+
+def the_two(z):
+    """The two classes that one logit `[B, 1]` stands for."""
+    return torch.cat([torch.zeros_like(z), z], 1)
+
+
+def test_one_logit_is_taught_as_two_classes():
+    z, t = torch.randn(2, 6, 1, generator=torch.Generator().manual_seed(0))
+    y, seen = torch.tensor([0, 1, 1, 0, 1, 0]), Seen(z)
+    batch, now = Batch(z, y, torch.arange(6)), Now(nn.Identity(), teach=lambda *_: Seen(t))
+    expected = F.binary_cross_entropy_with_logits(z[:, 0], y.float())
+    torch.testing.assert_close(vt.learn.CrossEntropy()(seen, batch, now)["ce"], expected)
+    torch.testing.assert_close(vt.learn.BinaryCrossEntropy()(seen, batch, now)["bce"], expected)
+    for smooth in (vt.learn.CrossEntropy(0.1), vt.learn.BinaryCrossEntropy(0.1)):
+        soft = F.binary_cross_entropy_with_logits(z[:, 0], 0.9 * y + 0.05)
+        torch.testing.assert_close(next(iter(smooth(seen, batch, now).values())), soft)
+    p, q = t.sigmoid(), z.sigmoid()
+    kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    torch.testing.assert_close(vt.learn.KD(nn.Identity())(seen, batch, now)["kd"], kl)
+    torch.testing.assert_close(nkd(z, t, y), nkd(the_two(z), the_two(t), y))
+    torch.testing.assert_close(uskd(z, t, F.one_hot(y)), uskd(the_two(z), the_two(t), F.one_hot(y)))
+    for ours, theirs in zip(deit_lt(z, z, t, y), deit_lt(the_two(z), the_two(z), the_two(t), y), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours > 0
+    empty = nn.ModuleList()
+    torch.testing.assert_close(recalibration(z, [], t, [], empty), recalibration(the_two(z), [], the_two(t), [], empty))
+    assert recalibration(z, [], t, [], empty)[1] > 0
+    assert all(together(m, m)[0].shape[1] == 2 for m in (z, z[:, :, None, None]))
+
+
+def test_one_logit_is_learnt_and_judged():
+    net, (x, y) = vit(1), pictures(64)
+    y = (y > 1).long()
+    taught = vt.train(net, (x, y), epochs=12, batch=16, augment=None, optimiser=vt.learn.AdamW(lr=2e-3), mixup=0.2)
+    with torch.no_grad():
+        right = float(((taught(x)[:, 0] > 0) == (y == 1)).float().mean())
+    assert right > 0.8 and accuracy_on(taught, (x, y)) == right
+    assert vt.learn.replacement_curve(taught, x, y, [0.0]) == [right]
+    healed = vt.heal(taught, taught, (x, y), epochs=1, batch=16, augment=None)
+    assert (healed(x) - taught(x)).abs().max() > 1e-4
+
+
+def test_labels_that_mark_several_classes_are_learnt_one_by_one():
+    z, t = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    marks = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1], [0, 0, 1]])
+    batch, now = Batch(z, marks, torch.arange(5)), Now(nn.Identity(), teach=lambda *_: Seen(t))
+    p, q = t.sigmoid(), z.sigmoid()
+    kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    torch.testing.assert_close(vt.learn.KD(nn.Identity(), multi_label=True)(Seen(z), batch, now)["kd"], kl)
+    for objective in (vt.learn.CrossEntropy(), vt.learn.NKD(nn.Identity())):
+        with pytest.raises(vt.VitreousError, match="BinaryCrossEntropy"):
+            objective(Seen(z), batch, now)
+    assert isinstance(by_labels(marks), vt.learn.BinaryCrossEntropy)
+    assert isinstance(by_labels(F.one_hot(marks.argmax(1))), vt.learn.CrossEntropy)
+    net, x = vit(3), pictures(5)[0]
+    first, second = objectives_for(net, net, marks, x)
+    assert isinstance(first, vt.learn.BinaryCrossEntropy) and isinstance(second, vt.learn.KD) and second.multi_label
+    said = (net(x) > 0).int()
+    assert accuracy_on(net, (x, marks)) == pytest.approx(float((said == marks).float().mean()))

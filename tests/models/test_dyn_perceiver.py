@@ -262,3 +262,14 @@ def test_each_exit_ships(exit: int, batch: int | None, images: Tensor, tmp_path:
     """At 32 pixels the map is not a multiple of the 7 × 7 grid that it is pooled to."""
     files = ship_all(small(exit=exit), [tmp_path / "m.onnx", tmp_path / "m.xml"], example=images, batch=batch)
     assert all(file.batch == batch for file in files)
+
+
+@pytest.mark.parametrize(("classes", "multi_label"), [(1, False), (3, True)])
+def test_yes_or_no_is_as_sure_as_its_least_sure_answer(classes: int, multi_label: bool) -> None:
+    model = small(num_classes=classes, multi_label=multi_label)
+    images = torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    found = calibrate_exits(model, single(images), shares=(0.5, 0, 0, 0.5))
+    assert found.shares == (0.5, 0, 0, 0.5)
+    for x in single(images):
+        d = dynamic(model, x)
+        assert d.confidence == pytest.approx(min(max(p, 1 - p) for p in d.logits[0].sigmoid().tolist()))

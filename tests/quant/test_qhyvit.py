@@ -450,3 +450,23 @@ def test_layers_that_cannot_be_replaced_are_left_alone() -> None:
     small = QHyViT(reduce_range=False).apply(model.eval(), x)
     assert set(quant_layers(small)) == {"0", "5"} and error(small, model, x) < 0.05
     assert [n for n, _ in running_order(small, x[:1])] == ["0", "2", "5"]
+
+
+def test_one_logit_is_weighed_as_two_classes() -> None:
+    """A softmax over it alone has no slopes, by which every error would be alike."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 1)).eval()
+    two = nn.Sequential(*one[:3], nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        two[3].weight.copy_(torch.cat([torch.zeros(1, 8), one[3].weight]))
+        two[3].bias.copy_(torch.cat([torch.zeros(1), one[3].bias]))
+    x, step = torch.randn(4, 3, 2, 2), QHyViT(4, 4)
+    found = []
+    for net in (one, two):
+        start = structure(step, net, x)
+        with torch.no_grad():
+            for layer in quant_layers(start).values():
+                layer.quant_x.set(torch.tensor(1.0), torch.tensor(8))  # so that what is quantized is off
+        found.append(observe(start, {"1": start.get_submodule("1")}, x, {"1"})[1]["1"][0])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found)

@@ -164,3 +164,18 @@ def test_the_command_writes_the_file_and_its_preparation(tmp_path: Path, monkeyp
     onto = ["--data", str(tmp_path), "--overwrite", "--out", str(tmp_path / "served" / "m.bin")]
     status, _, error = command(monkeypatch, capsys, "run", out[1], *onto)
     assert status == 2 and "which gives them" in error and (tmp_path / "served" / "m.bin").read_bytes() == before
+
+
+def test_a_picture_may_have_several_classes(
+    files: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    out = ["--data", str(photos), "--out", str(tmp_path / "a.parquet"), "--multi-label"]
+    assert command(monkeypatch, capsys, "run", str(files["any"]), *out)[0] == 0
+    rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert rows[0]["error"] is None
+    for row in [r for r in rows if r["error"] is None]:
+        p = torch.tensor(row["logits"]).sigmoid()
+        assert row["answer"] == [k for k in range(3) if p[k] > 0.5]
+        assert row["name"] == [["cat", "dog", "owl"][k] for k in row["answer"]]
+        assert row["confidence"] == pytest.approx([float(p[k]) for k in row["answer"]])
+    assert {len(r["answer"]) for r in rows if r["error"] is None} != {1}

@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -186,3 +187,15 @@ def test_pictures_are_decoded_one_at_a_time(session: Session, monkeypatch: pytes
 
     asyncio.run(many())
     assert most == [1] and len(session.uploads) == 20
+
+
+def test_one_logit_and_marks_are_answers_of_yes_and_no(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = torch.tensor([[3.0], [-1.0], [2.0], [-2.0]]), torch.tensor([[1.0], [1.0], [2.0], [-2.0]])
+    monkeypatch.setitem(vars(opened), "_tested", (torch.zeros(4), before))
+    monkeypatch.setattr(opened, "_answers", lambda x, removed: after)
+    monkeypatch.setattr(opened, "data", SimpleNamespace(labels=np.array([1, 0, 0, 0])))
+    lost = asyncio.run(opened.without({0: [0]}))
+    assert (lost.accuracy, lost.same) == ((0.75, 0.5), 0.75)
+    monkeypatch.setattr(opened, "data", SimpleNamespace(labels=np.array([[1, 1, 0]]), classes=("a", "b", "c")))
+    monkeypatch.setattr(opened.net, "pretrained_cfg", {})
+    assert opened.answer(torch.tensor([2.0, 1.0, -9.0])) == "Answer: a 88.1 %, b 73.1 %, c 0.0 %"

@@ -18,6 +18,7 @@ def run(
     precision: Annotated[
         str | None, typer.Option(help="f32, bf16 or f16 where the processor has it (default: the file's)")
     ] = None,
+    multi_label: Annotated[bool, typer.Option(help="a picture may have several classes: answers by sigmoid")] = False,
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
 ) -> None:
     """Classify or embed every picture of a folder; a run that was cut off goes on where it was."""
@@ -51,7 +52,7 @@ def run(
     with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as bar:
         task = bar.add_task(f"{runtime.kind}", total=None)
         made = answer_folder(
-            runtime, data, out, batch=batch, shard=part,
+            runtime, data, out, batch=batch, shard=part, multi_label=multi_label,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     for name, reason in made.skipped:

@@ -27,7 +27,8 @@ def train(
         str | None, typer.Option(help="a second student, a CNN's timm name, that learns beside MODEL: Collaborate()")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" (default: CrossEntropy(), and KD() of a teacher)')
+        str | None,
+        typer.Option(help='such as "CrossEntropy(), NKD(gamma=1.5)" (default: cross-entropy, and KD() of a teacher)'),
     ] = None,
     optimiser: Annotated[str, typer.Option(help="AdamW, Lion, SGD or SGDSaI, as Lion(lr=1e-4)")] = "AdamW",
     sam: Annotated[float | None, typer.Option(help="sharpness-aware steps of this radius")] = None,
@@ -55,8 +56,9 @@ def train(
     from .. import store
     from ..data.training import class_names, training_data
     from ..errors import VitreousError
-    from ..learn import SAM, BinaryCrossEntropy, CrossEntropy, Students, written
+    from ..learn import KD, SAM, BinaryCrossEntropy, CrossEntropy, Students, written
     from ..learn import train as teach
+    from ..learn.classify import by_labels
     from ..learn.measure import accuracy_on
     from ..outputs import embeds
     from ..steps import Recipe, slim
@@ -74,9 +76,12 @@ def train(
         classes: Any = getattr(net, "num_classes", None)
         net = Students(store.open_model(partner, num_classes=classes).to(next(net.parameters()).device), net)
         objective = objective or "Collaborate()"
-    chosen = written.objectives(objective or ("CrossEntropy()" if taught_by is None else "CrossEntropy(), KD()"), taught_by)
+    chosen = written.objectives(objective, taught_by) if objective else []
     base, augmented = written.optimiser(optimiser), written.augmentation(augment)
     learn_from, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
+    if not chosen:
+        by = by_labels(learn_from.labels)
+        chosen = [by] if taught_by is None else [by, KD(taught_by, multi_label=isinstance(by, BinaryCrossEntropy))]
     for what, part in (("train", learn_from), ("check", check)):
         print(f"{len(part)} images to {what}, {len(part.skipped)} files skipped", file=sys.stderr)
         for skipped in part.skipped[:5]:

@@ -124,6 +124,8 @@ def _made(model: nn.Module, **given: Any) -> tuple[str, ReliabilityBalance]:
     head = model.get_submodule(name) if name else None
     if name is None or not isinstance(head, nn.Linear):
         raise VitreousError(f"ARBEx balances what a linear classifier says of features, and {type(model).__name__} has none")
+    if head.out_features < 2:
+        raise VitreousError("ARBEx balances classes, and one logit says yes or no: give the model a head of two (--num-classes)")
     return name, ReliabilityBalance(head.in_features, head.out_features, **given)
 
 

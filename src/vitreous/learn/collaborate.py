@@ -13,6 +13,7 @@ from ..anatomy import read
 from ..data.transform import preparation
 from ..errors import VitreousError
 from ..outputs import answer
+from ..score import two
 from .maps import as_map, last_stages, probe
 from .objective import Batch, Now, Objective, Seen, look, objective
 
@@ -39,9 +40,11 @@ def fitted(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def together(a: Tensor, b: Tensor, size: torch.Size | None = None) -> tuple[Tensor, Tensor]:
-    """Both logits at one size, the second's by default. Raises `VitreousError` where they are not of the same classes."""
+    """Both logits at one size, the second's by default, one logit as two classes. Raises `VitreousError` where they are not of
+    the same classes."""
     if a.shape[:2] != b.shape[:2] or a.ndim != b.ndim:
         raise VitreousError(f"the students answer {list(a.shape[1:])} and {list(b.shape[1:])}: give two of the same classes")
+    a, b = (two(z.movedim(1, -1)).movedim(-1, 1) for z in (a, b))
     size = b.shape[2:] if size is None else size
     return fitted(a, size), fitted(b, size)
 
@@ -119,7 +122,7 @@ class Collaborate(Objective):
         return nn.ModuleDict({name: nn.Conv2d(i, o, 1) for name, (i, o) in pairs.items()})
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
-        parts, labels = cast(nn.ModuleDict, now.parts), batch.need_labels()
+        parts, labels = cast(nn.ModuleDict, now.parts), batch.one_each
         logits, maps = [], []
         for student, names, prefix in self._students(now.model):
             view = look(student, batch.images, ("logits",), (), names)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import VitreousError
+from ..score import two
 from ..tokens.mctf import FuseByCriteria
 
 
@@ -46,6 +47,7 @@ def token_reduction_consistency(
     with _fusing(model, drawn if r_max >= 1 else drawn / 100):
         target, other = _read_out(model, images)
     read, logits = _read_out(model, images)
+    logits, other = two(logits), two(other)
     sure = logits.detach().softmax(-1).gather(1, labels[:, None])[:, 0] > threshold
     apart = (target.detach() - read).square().mean(1)
     consistency = (apart * sure).sum() / sure.sum().clamp_min(1)

@@ -8,17 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import VitreousError
+from ..score import two
 from .objective import Batch, Now, Objective, Seen, need_teacher, objective, positive, same_classes
 
 
 @objective
 @dataclass(frozen=True)
 class KD(Objective):
-    """Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network" (2015): T² KL(teacher ‖ student)."""
+    """Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network" (2015): T² KL(teacher ‖ student).
+
+    With `multi_label`, and of one logit, each class is a yes or no of its own, and the mean over them is taken.
+    """
 
     teacher: nn.Module | None = field(default=None, compare=False)
     temperature: float = 1.0
     weight: float = 1.0
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         positive(self, "temperature")
@@ -27,7 +32,10 @@ class KD(Objective):
         theirs = now.teach(need_teacher(self.teacher, "KD"), batch.images).logits
         same_classes(seen.logits, theirs, "KD")
         t = self.temperature
-        ours, theirs = (F.log_softmax(z.float() / t, 1) for z in (seen.logits, theirs))
+        ours, theirs = seen.logits.float() / t, theirs.float() / t
+        if self.multi_label or ours.shape[1] == 1:
+            ours, theirs = two(ours.reshape(-1, 1)), two(theirs.reshape(-1, 1))
+        ours, theirs = ours.log_softmax(1), theirs.log_softmax(1)
         return {"kd": self.weight * t * t * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)}
 
 

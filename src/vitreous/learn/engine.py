@@ -27,7 +27,7 @@ from ..steps import refuse_nan
 from ..store.expects import class_names, expect
 from .augment import transform_for
 from .batches import Batches, Pair, planned, seed_everything
-from .classify import CrossEntropy
+from .classify import by_labels
 from .fabric import fabric_for, gather
 from .ferkd import FerKD
 from .measure import Meter, accuracy_on
@@ -100,7 +100,7 @@ def train(
 
     Args:
         data: a `vitreous.data.Data`, or `(images [N, C, H, W], labels [N] or [N, K] or None)` as tensors.
-        objective: what is learnt; their terms are added up. Cross-entropy when none is given.
+        objective: what is learnt; their terms are added up. When none is given, cross-entropy, binary where labels mark several.
         optimiser: AdamW when None; the rate rises over the share `warmup` of the steps, then falls along half a cosine.
         batch, micro: images a step over all processes, and how many of them go through the model at once (default: all that
             fall to a process); gradients of the rest are accumulated.
@@ -122,7 +122,8 @@ def train(
     Raises `VitreousError` for what cannot be trained: no trainable parameter, labels that are no class of the model, fewer images
     than a batch, a teacher of other classes, a folder that holds another run, and a loss that is not finite (with the step).
     """
-    objectives = (objective,) if isinstance(objective, Objective) else tuple(objective) or (CrossEntropy(),)
+    objectives = (objective,) if isinstance(objective, Objective) else tuple(objective)
+    objectives = objectives or (by_labels(data.labels if isinstance(data, Data) else data[1]),)
     optimiser = optimiser or AdamW()
     sam = optimiser if isinstance(optimiser, SAM) else None
     base = sam.base if sam else optimiser
@@ -149,7 +150,7 @@ def train(
         if mixup or cutmix:
             if order.size % 2 or mix is not None:
                 raise VitreousError(f"mixup needs an even number of images at once, not {order.size}, and no other mix=")
-            mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=_outputs(student, data))
+            mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=max(2, _outputs(student, data)))
 
         opt = base.make(student, lesson.parts)
         schedule = CosineLRScheduler(
@@ -306,7 +307,7 @@ def _labels_fit(model: nn.Module, data: Data | Pair, objectives: Sequence[Object
     labels = torch.as_tensor(data.labels) if isinstance(data, Data) else data[1]
     if labels is None or labels.ndim != 1 or not any("logits" in o.wants for o in objectives):
         return
-    outputs = _outputs(model, data)
+    outputs = max(2, _outputs(model, data))  # one logit says yes or no
     wrong = (labels < 0) | (labels >= outputs)
     if wrong.any():
         i = int(wrong.nonzero()[0])

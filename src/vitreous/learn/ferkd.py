@@ -20,6 +20,7 @@ from ..data.transform import preparation
 from ..errors import VitreousError
 from ..files import write_whole
 from ..outputs import answer
+from ..score import two
 from .batches import Pair, seed_everything
 
 Rest = Literal["marginal", "renorm", "smoothing"]
@@ -120,7 +121,7 @@ def label_crops(
         flips.append(torch.rand(crops) < 0.5)
         shown = torch.stack([cut(picture, b, bool(f), size, config) for b, f in zip(boxes[-1], flips[-1], strict=True)])
         with torch.inference_mode():
-            p = answer(teacher.eval()(shown.to(device))).float().softmax(1).cpu()
+            p = two(answer(teacher.eval()(shown.to(device))).float()).softmax(1).cpu()
         classes = p.shape[1]
         if int(truth[i]) >= classes:
             raise VitreousError(f"picture {i} is of class {int(truth[i])}, and the teacher knows {classes} classes: give another")
@@ -178,7 +179,7 @@ class FerKD:
                 f"the labels of crops are of {len(self.held.truth)} other pictures than the {len(_truth(data))} to train on: "
                 "make them of the same data, with the same --limit and --seed"
             )
-        if (classes := getattr(model, "num_classes", self.held.classes)) != self.held.classes:
+        if (classes := max(2, getattr(model, "num_classes", self.held.classes))) != self.held.classes:  # one logit is two
             raise VitreousError(f"the labels of crops know {self.held.classes} classes and the model {classes}: give the same")
         return Labelled(self, *_how(model, data))
 

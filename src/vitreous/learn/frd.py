@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..anatomy import read
 from ..blocks import PlainBlock, Tokens
 from ..errors import VitreousError
+from ..score import two
 from ..tokens.slimming import ReverseSlimming, TokenSlimmingModule
 
 
@@ -86,7 +87,7 @@ def recalibration(
                 "the teacher must be the model that was slimmed"
             )
         error = error + F.mse_loss(guess, whole) / len(ours)
-    log_ours, log_theirs = (F.log_softmax(y / tau, 1) for y in (out, target))
+    log_ours, log_theirs = (F.log_softmax(two(y) / tau, 1) for y in (out, target))
     return error, F.kl_div(log_ours, log_theirs, reduction="batchmean", log_target=True) * tau**2
 
 

@@ -15,7 +15,7 @@ from ..outputs import embeds
 from ..steps import history_of
 from ..tokens.sparsifiner import ConnectivityPredictor
 from .batches import Pair
-from .classify import CrossEntropy
+from .classify import BinaryCrossEntropy, CrossEntropy, by_labels
 from .consistency import token_reduction_consistency
 from .distill import KD, FeatureMatch
 from .engine import train
@@ -110,12 +110,15 @@ class KeepRate(Objective):
         return {}
 
 
-def objectives_for(model: nn.Module, teacher: nn.Module, labelled: bool, images: Tensor) -> list[Objective]:
+def objectives_for(model: nn.Module, teacher: nn.Module, labels: Any, images: Tensor) -> list[Objective]:
     """What `heal` teaches `model` by: the objective of the last of its steps that has one, else cross-entropy where there are
-    labels and distillation of the teacher's logits or features."""
+    labels and distillation of the teacher's logits or features. Where labels mark several classes, each is a yes or no."""
+    labelled = labels is not None
     steps = [type(s).__name__ for s in history_of(model).steps()]
     if embeds(teacher, images):
         return [FeatureMatch(teacher)]
+    if labelled and isinstance(first := by_labels(labels), BinaryCrossEntropy):
+        return [first, KD(teacher, multi_label=True)]
     for name in reversed(steps):
         if name == "TokenSlimming":
             return [FRD(teacher)]
@@ -152,7 +155,7 @@ def heal(
         raise VitreousError(f"heal comes before integers: this model went through {late[0]}; heal first, then quantize")
     labels = data.labels if isinstance(data, Data) else data[1]
     images = data.tensor([0]) if isinstance(data, Data) else data[0][:1]
-    chosen = objectives_for(model, teacher, labels is not None, images)
+    chosen = objectives_for(model, teacher, labels, images)
     optimiser = optimiser or AdamW(lr=5e-5)
     if any(isinstance(m, ConnectivityPredictor) for m in model.modules()):
         first = None if out is None else Path(out) / "predictors"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
+from ..score import two
 from .objective import Batch, Now, Objective, Seen, need_teacher, objective, same_classes, share
 
 
@@ -40,7 +41,8 @@ def deit_lt(
     cls: Tensor, dist: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor | None = None, alpha: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """(1 − α) CE(cls, label) and α CE(dist, argmax teacher), the latter weighted by the teacher's class; logits `[B, C]`."""
-    hard = teacher.argmax(1)
+    cls, dist = two(cls), two(dist)
+    hard = two(teacher).argmax(1)
     weights = None if weights is None else weights.to(dist)
     return (1 - alpha) * F.cross_entropy(cls, labels), alpha * F.cross_entropy(dist, hard, weight=weights)
 
@@ -87,7 +89,5 @@ class DeiTLT(Objective):
         same_classes(dist, theirs, "DeiTLT")
         late = self.counts is not None and now.share >= self.defer
         weights = effective_weights(torch.tensor(self.counts)) if late else None
-        labels = batch.need_labels()
-        labels = labels if labels.ndim == 1 else labels.to(cls)
-        ours, taught = deit_lt(cls, dist, theirs, labels, weights, self.alpha)
+        ours, taught = deit_lt(cls, dist, theirs, batch.one_each, weights, self.alpha)
         return {"cls": ours, "dist": taught}

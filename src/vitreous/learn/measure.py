@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..outputs import answer, embeds
+from ..score import two
 from .batches import Pair, in_turn
-from .objective import Batch, Seen
+from .objective import Batch, Seen, several
 from .retrieval import retrieval
 
 
@@ -17,7 +18,7 @@ class Meter:
 
     def __init__(self, judges: bool) -> None:
         self.judges = judges
-        self.images, self.loss, self.right, self.judged = 0, 0.0, 0, 0
+        self.images, self.loss, self.right, self.judged = 0, 0.0, 0.0, 0
         self.terms: dict[str, float] = {}
 
     @torch.no_grad()
@@ -28,7 +29,7 @@ class Meter:
         for name, term in terms.items():
             self.terms[name] = self.terms.get(name, 0.0) + float(term) * n
         if self.judges and batch.labels is not None and seen.logits.ndim == 2 and len(seen.logits) == n:
-            self.right += int((seen.logits.argmax(1) == batch.classes).sum())
+            self.right += right_of(seen.logits, batch.labels)
             self.judged += n
 
     @property
@@ -36,9 +37,17 @@ class Meter:
         return self.right / self.judged if self.judged else None
 
 
+def right_of(logits: Tensor, labels: Tensor) -> float:
+    """How many of the answers `[B, K]` are right, one logit taken for two classes; where labels mark several classes, the share
+    of right marks of each, summed."""
+    if several(labels):
+        return float(((logits > 0) == (labels > 0.5)).float().mean(1).sum())
+    return int((two(logits).argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum())
+
+
 def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | None:
-    """Share of the labelled images of `data` that `model` gets right; of a model that gives features, recall@1 among them. None
-    without labels, and where no class has two images to find each other."""
+    """Share of the labelled images of `data` that `model` gets right, as `right_of` counts; of a model that gives features,
+    recall@1 among them. None without labels, and where no class has two images to find each other."""
     right = n = 0
     features: list[tuple[Tensor, Tensor]] = []
     device = next(model.parameters()).device
@@ -52,7 +61,7 @@ def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | 
             if embeds(model, x.to(device)):
                 features.append((logits.cpu(), y.cpu()))
                 continue
-            right += int((logits.argmax(1).cpu() == (y if y.ndim == 1 else y.argmax(1)).cpu()).sum())
+            right += right_of(logits, y.to(device))
             n += len(x)
     model.train(training)
     if features:

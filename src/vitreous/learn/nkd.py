@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
+from ..score import two
 from .objective import Batch, Now, Objective, Seen, need_teacher, objective, positive, same_classes
 
 
 def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, tau: float = 1.0) -> Tensor:
     """−mean T_t log S_t − γ τ² mean Σ_{i≠t} T̂_i log Ŝ_i (eq. 7), of logits `[B, K]` and class numbers `[B]`."""
-    column = target[:, None]
+    student, teacher, column = two(student), two(teacher), target[:, None]
     certain = teacher.softmax(1).gather(1, column) * student.log_softmax(1).gather(1, column)
     theirs, ours = (_others(z, target) / tau for z in (teacher, student))
     others = (theirs.softmax(1) * ours.log_softmax(1)).sum(1)
@@ -24,6 +25,7 @@ def nkd(student: Tensor, teacher: Tensor, target: Tensor, gamma: float = 1.5, ta
 
 def uskd(logits: Tensor, weak: Tensor, shares: Tensor, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005) -> Tensor:
     """α L_target + β L_non-target + L_weak of the logits and those of the weak head `[B, K]`, and labels as shares `[B, K]`."""
+    logits, weak = two(logits), two(weak)
     classes, target = logits.shape[1], shares.argmax(1)
     log_s, log_w = logits.log_softmax(1), weak.log_softmax(1)
     value, place = shares.topk(min(2, classes), 1)
@@ -107,5 +109,5 @@ class USKD(Objective):
         assert now.parts is not None
         tokens, anatomy = seen.blocks[self._middle(now.model)], read(now.model)
         weak = now.parts(tokens[:, 0] if anatomy.class_token else tokens.mean(1))
-        shares = batch.shares(seen.logits.shape[1])
+        shares = replace(batch, labels=batch.one_each).shares(max(2, seen.logits.shape[1]))
         return {"uskd": uskd(seen.logits.float(), weak.float(), shares, self.alpha, self.beta, self.mu)}

@@ -34,9 +34,18 @@ class Batch:
 
     @property
     def classes(self) -> Tensor:
-        """Class numbers `[B]`, of mixed labels the largest share. Raises `VitreousError` without labels."""
-        labels = self.need_labels()
+        """Class numbers `[B]`, of mixed labels the largest share. Raises `VitreousError` as `one_each` does."""
+        labels = self.one_each
         return labels if labels.ndim == 1 else labels.argmax(1)
+
+    @property
+    def one_each(self) -> Tensor:
+        """Class numbers `[B]`, or float shares `[B, K]` that sum to 1. Raises `VitreousError` without labels, and where they mark
+        several classes, of which a softmax knows nothing."""
+        labels = self.need_labels()
+        if several(labels):
+            raise VitreousError("this objective learns one class an image, and the labels mark several: BinaryCrossEntropy can")
+        return labels.float() if labels.ndim == 2 else labels
 
     def need_labels(self) -> Tensor:
         if self.labels is None:
@@ -44,11 +53,23 @@ class Batch:
         return self.labels
 
     def shares(self, classes: int, smoothing: float = 0.0) -> Tensor:
-        """Labels as `[B, K]` float shares, smoothed: one-hot where they are class numbers."""
+        """Labels as `[B, K]` float shares, smoothed: one-hot where they are class numbers; of one output the share of class 1."""
         labels = self.need_labels()
+        among = max(classes, 2)
         if labels.ndim == 1:
-            labels = nn.functional.one_hot(labels, classes).float()
-        return labels * (1 - smoothing) + smoothing / classes if smoothing else labels
+            labels = nn.functional.one_hot(labels, among).float()
+        if classes == 1:
+            labels = labels[:, -1:]
+        return labels * (1 - smoothing) + smoothing / among if smoothing else labels
+
+
+def several(labels: Tensor | None) -> bool:
+    """Whether labels are marks `[N, K]` of which several or none may hold, and not class numbers or shares that sum to 1."""
+    return (
+        labels is not None
+        and labels.ndim == 2
+        and (labels.shape[1] == 1 or bool(((labels.double().sum(1) - 1).abs() > 1e-3).any()))
+    )
 
 
 @dataclass

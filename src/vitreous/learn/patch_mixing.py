@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import VitreousError
+from ..score import two
 
 
 def replace_patches(images: Tensor, others: Tensor, share: float | Tensor, grid: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,6 @@ def replacement_curve(
                 later = (j for j in order.roll(-i).tolist() if labels[j] != labels[own])
                 partner[own] = next(later, own)
             mixed, _ = replace_patches(images, images[partner], share, grid)
-        right = [model(x).argmax(1) == y for x, y in zip(mixed.split(64), labels.split(64), strict=True)]
+        right = [two(model(x)).argmax(1) == y for x, y in zip(mixed.split(64), labels.split(64), strict=True)]
         found.append(float(torch.cat(right).float().mean()))
     return found

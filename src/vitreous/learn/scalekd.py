@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..anatomy import read
 from ..data.transform import preparation
 from ..errors import VitreousError
+from ..score import two
 from .maps import as_map, last_stages, probe
 from .objective import Batch, Now, Objective, Seen, final, need_teacher, objective, same_classes
 
@@ -176,8 +177,7 @@ class ScaleKD(Objective):
                 terms[f"{view} {stage}"] = alpha * mimic(see(ours.float()), see(target))
         if self.logits:
             same_classes(seen.logits, theirs.logits, "ScaleKD")
-            terms["kd"] = self.logits * F.cross_entropy(seen.logits.float(), theirs.logits.float().softmax(1))
+            terms["kd"] = self.logits * F.cross_entropy(two(seen.logits.float()), two(theirs.logits.float()).softmax(1))
         if batch.labels is not None and self.logits < 1:
-            labels = batch.labels if batch.labels.ndim == 1 else batch.labels.float()
-            terms["cls"] = (1 - self.logits) * F.cross_entropy(seen.logits.float(), labels)
+            terms["cls"] = (1 - self.logits) * F.cross_entropy(two(seen.logits.float()), batch.one_each)
         return terms

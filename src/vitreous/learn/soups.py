@@ -12,7 +12,9 @@ from torch.func import functional_call
 
 from ..errors import VitreousError
 from ..outputs import answer
+from ..score import two
 from .merging import Kitchen, MergingRule, State, mean_of, rule
+from .objective import several
 
 
 @rule
@@ -74,10 +76,12 @@ class LearnedSoup(MergingRule):
             for x, y in kitchen.batches():
                 if y is None:
                     raise VitreousError("LearnedSoup needs labels on its held-out images")
+                if several(y):
+                    raise VitreousError("LearnedSoup needs one class an image, and these labels mark several: GreedySoup does")
                 mixed = mean_of(states, free.softmax(0))
                 mixed |= {k: mixed[k].detach() for k, _ in kitchen.model.named_buffers() if k in mixed}
-                logits = answer(functional_call(kitchen.model, mixed, (x,)))
-                loss = F.cross_entropy(beta.exp() * logits.float(), y)
+                logits = two(answer(functional_call(kitchen.model, mixed, (x,))).float())
+                loss = F.cross_entropy(beta.exp() * logits, y)
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

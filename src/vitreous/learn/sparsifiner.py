@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..anatomy import read
 from ..errors import VitreousError
+from ..score import two
 from ..tokens.sparsifiner import ConnectivityPredictor, SparseAttention
 
 
@@ -53,10 +54,10 @@ def sparsifiner_distillation(model: nn.Module, teacher: nn.Module, images: Tenso
     """
     student: Any = model
     features = student.forward_features(images)
-    logits = student.forward_head(features)
+    logits = two(student.forward_head(features))
     with torch.no_grad():
         expected = cast(Any, teacher).forward_features(images)
-        target = cast(Any, teacher).forward_head(expected).log_softmax(-1)
+        target = two(cast(Any, teacher).forward_head(expected)).log_softmax(-1)
     loss = F.cross_entropy(logits, labels) + 0.5 * F.kl_div(
         logits.log_softmax(-1), target, reduction="batchmean", log_target=True
     )

@@ -120,7 +120,7 @@ def dynamic(model: DynPerceiver, x: Tensor) -> Decision:
     if shape not in model.counted:
         model.counted[shape] = exit_macs(model, shape)
     for i, logits in enumerate(model.exits(x)):
-        sure = logits.float().softmax(1).max().item()
+        sure = _sureness(logits.float(), model.multi_label).item()
         if sure >= thresholds[i] or i == len(thresholds) - 1:
             return Decision(logits, i, sure, model.counted[shape][i])
     raise AssertionError("the last exit takes every image")
@@ -128,7 +128,7 @@ def dynamic(model: DynPerceiver, x: Tensor) -> Decision:
 
 @torch.no_grad()
 def _confidence(model: DynPerceiver, images: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]]) -> tuple[Tensor, tuple[int, ...]]:
-    """The largest probability [exits, N] of each image at each exit, and the MACs up to each."""
+    """How sure each exit is of each image, [exits, N], and the MACs up to each."""
     batches = images.split(64) if isinstance(images, Tensor) else images
     found: list[Tensor] = []
     shape: tuple[int, ...] | None = None
@@ -140,12 +140,20 @@ def _confidence(model: DynPerceiver, images: Tensor | Iterable[Tensor | tuple[Te
             if shape not in (None, tuple(x.shape[1:])):
                 raise VitreousError(f"images of {shape} and of {tuple(x.shape[1:])} cost differently: give one size")
             shape = tuple(x.shape[1:])
-            found.append(torch.stack([logits.double().softmax(1).amax(1) for logits in model.exits(x)]).cpu())
+            found.append(torch.stack([_sureness(logits.double(), model.multi_label) for logits in model.exits(x)]).cpu())
     finally:
         model.train(training)
     if shape is None or not sum(f.shape[1] for f in found):
         raise VitreousError("there are no images to calibrate on")
     return torch.cat(found, dim=1), exit_macs(model, shape)
+
+
+def _sureness(logits: Tensor, multi_label: bool) -> Tensor:
+    """[N], the probability of what [N, K] logits answer: of the likeliest class; where each class is a question of its own, and
+    with one logit, whose softmax is always 1, of the least certain yes or no."""
+    if multi_label or logits.shape[1] == 1:
+        return logits.abs().sigmoid().amin(1)
+    return logits.softmax(1).amax(1)
 
 
 def _planned(log_ratio: float, held: Sequence[float]) -> Tensor:

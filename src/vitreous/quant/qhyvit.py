@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..outputs import answer
+from ..score import two
 from ..steps import step
 from ..work import part, tick
 from .bridges import BORDER_IMAGES, FEW, Bridge, bridges, damped, floats, running_order
@@ -196,9 +197,9 @@ def observe(
         picked.clear()
         made.clear()
         with torch.no_grad(), floats(model), hooked(draw):
-            expected = answer(model(batch)).flatten(1)
+            expected = two(answer(model(batch)).flatten(1))
         with torch.enable_grad(), hooked(keep):
-            out = answer(model(batch.clone().requires_grad_())).flatten(1)
+            out = two(answer(model(batch.clone().requires_grad_())).flatten(1))
             loss = F.kl_div(out.log_softmax(-1), expected.softmax(-1), reduction="sum")
             slope = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
         for name, g in zip(made, slope, strict=True):

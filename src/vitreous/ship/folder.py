@@ -60,11 +60,13 @@ def answer_folder(
     *,
     batch: int = 16,
     shard: tuple[int, int] = (1, 1),
+    multi_label: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answered:
     """Write `out`, a row a picture: `path`, the outputs of the file as lists, `error` where a picture could not be read.
 
-    Of a classifier also `answer`, the number of the first class, its `name` and its `confidence`. `shard` (i, n) takes every nth
+    Of a classifier also `answer`, the number of the first class, its `name` and its `confidence`; with `multi_label` lists of all
+    classes whose sigmoid is above a half. `shard` (i, n) takes every nth
     picture from the ith on. Parts of `PART` pictures lie in `out` + `.parts` until all are there, so that a killed run
     goes on where it was; what belongs to another file, folder or shard is not mixed in, but refused.
     """
@@ -73,13 +75,14 @@ def answer_folder(
     if not names:
         raise VitreousError(f"shard {shard[0]}/{shard[1]} has no pictures: there are fewer than shards")
     parts = out.with_name(out.name + ".parts")
-    key = hashlib.sha256(os.fsencode("\0".join([*map(digest, files(runtime.path)), *names]))).hexdigest()
+    whose = [*map(digest, files(runtime.path)), *(["multi-label"] if multi_label else [])]
+    key = hashlib.sha256(os.fsencode("\0".join([*whose, *names]))).hexdigest()
     try:
         if (parts / "key").exists() and (parts / "key").read_text() != key:
             raise VitreousError(f"{parts} is of another file or other pictures: remove it, or give another --out")
         parts.mkdir(exist_ok=True)
         write_whole(parts / "key", key)
-        prepare, schema = _prepare(runtime), _schema(arrow, runtime)
+        prepare, schema = _prepare(runtime), _schema(arrow, runtime, multi_label)
         groups = _chunks(names, PART)
         places = [parts / f"{i:06d}.parquet" for i in range(len(groups))]
         resumed = done = sum(len(group) for group, place in zip(groups, places, strict=True) if place.exists())
@@ -90,7 +93,7 @@ def answer_folder(
                     continue
                 rows: list[dict[str, Any]] = []
                 for some in _ahead(pool, lambda name: _read(folder / name, prepare), group, batch):
-                    rows += _rows(runtime, some, batch)
+                    rows += _rows(runtime, some, batch, multi_label)
                     progress(done + len(rows), len(names))
                 held = arrow.BufferOutputStream()
                 parquet.write_table(arrow.Table.from_pylist(rows, schema), held)
@@ -144,7 +147,7 @@ def _read(path: Path, prepare: Callable[[Image.Image], Tensor]) -> Tensor | str:
         return str(reason)
 
 
-def _rows(runtime: Runtime, some: list[tuple[str, Tensor | str]], batch: int) -> list[dict[str, Any]]:
+def _rows(runtime: Runtime, some: list[tuple[str, Tensor | str]], batch: int, multi_label: bool) -> list[dict[str, Any]]:
     rows = {name: {"path": _text(name), "error": got if isinstance(got, str) else None} for name, got in some}
     good = [(name, got) for name, got in some if isinstance(got, Tensor)]
     for _, same in groupby(good, key=lambda item: item[1].shape):  # pictures that the file prepares have sizes of their own
@@ -156,7 +159,7 @@ def _rows(runtime: Runtime, some: list[tuple[str, Tensor | str]], batch: int) ->
             for i, (name, _) in enumerate(few):
                 rows[name] |= {output: t[i].flatten().tolist() for output, t in found.items()}
                 if "logits" in found:
-                    rows[name] |= _answer(found["logits"][i], runtime.card.get("classes"))
+                    rows[name] |= _answer(found["logits"][i], runtime.card.get("classes"), multi_label)
     return list(rows.values())
 
 
@@ -165,20 +168,26 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _answer(logits: Tensor, classes: list[str] | None) -> dict[str, Any]:
+def _answer(logits: Tensor, classes: list[str] | None, multi_label: bool) -> dict[str, Any]:
     if logits.ndim != 1:
         return {}
+    called = lambda k: classes[k] if classes and k < len(classes) else None
+    if multi_label:
+        p = logits.sigmoid()
+        yes = (p > 0.5).nonzero()[:, 0].tolist()
+        return {"answer": yes, "confidence": p[yes].tolist(), "name": [called(k) for k in yes]}
     if len(logits) == 1:  # one logit says yes or no
         p = logits.sigmoid().item()
         best, confidence = int(p > 0.5), max(p, 1 - p)
     else:
         best, confidence = int(logits.argmax()), logits.softmax(0).max().item()
-    return {"answer": best, "confidence": confidence, "name": classes[best] if classes and best < len(classes) else None}
+    return {"answer": best, "confidence": confidence, "name": called(best)}
 
 
-def _schema(arrow: Any, runtime: Runtime) -> Any:
+def _schema(arrow: Any, runtime: Runtime, multi_label: bool) -> Any:
+    kind = arrow.list_ if multi_label else lambda of: of
     told = (
-        [("answer", arrow.int32()), ("name", arrow.string()), ("confidence", arrow.float32())]
+        [("answer", kind(arrow.int32())), ("name", kind(arrow.string())), ("confidence", kind(arrow.float32()))]
         if "logits" in runtime.outputs
         else []
     )

@@ -19,6 +19,7 @@ from ..anatomy import read
 from ..cli.options import DataOptions, ModelOptions
 from ..data import Data
 from ..data.transform import preparation
+from ..score import two
 from ..see.look import Look, look
 from ..store.expects import class_names
 from .lane import Lane
@@ -109,7 +110,8 @@ class Opened:
         """What the model says of a picture, `[K]` logits; empty for a model without classes."""
         if not getattr(self.net, "num_classes", 0):
             return ""
-        best = (logits.softmax(0) if len(logits) > 1 else logits.sigmoid()).topk(min(3, len(logits)))
+        marks = self.data.labels is not None and self.data.labels.ndim == 2  # each class is a yes or no of its own
+        best = (logits.sigmoid() if marks or len(logits) == 1 else logits.softmax(0)).topk(min(3, len(logits)))
         known = (class_names(self.net), self.data.classes)  # what the model calls them comes first
         names = next((n for n in known if len(n) == len(logits)), [f"class {k}" for k in range(len(logits))])
         return "Answer: " + ", ".join(f"{names[int(k)]} {100 * float(p):.1f} %" for p, k in zip(*best, strict=True))
@@ -131,8 +133,9 @@ class Opened:
         if not getattr(self.net, "num_classes", 0) or self.data.labels is None or self.data.labels.ndim > 1:
             return Loss(moved)
         labels = torch.as_tensor(self.data.labels[: len(x)])
-        right = [float((logits.argmax(1) == labels).float().mean()) for logits in (before, after)]
-        return Loss(moved, (right[0], right[1]), float((before.argmax(1) == after.argmax(1)).float().mean()))
+        said = [two(logits).argmax(1) for logits in (before, after)]
+        right = [float((answer == labels).float().mean()) for answer in said]
+        return Loss(moved, (right[0], right[1]), float((said[0] == said[1]).float().mean()))
 
     def _answers(self, x: Tensor, removed: dict[int, list[int]]) -> Tensor:
         from ..glass import glass

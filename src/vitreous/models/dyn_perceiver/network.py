@@ -159,10 +159,11 @@ class DynPerceiver(nn.Module):
         depth_factor: the latents pass 3, 3, 9, 3 layers times this. SA_widening_factor: of their MLPs.
         with_x2z, with_z2x, with_dwc, with_last_CA, with_isc: the ablations of the paper; the first x→z is always there.
         exit: see above. spatial_reduction: True; the official training commands name it.
+        multi_label: an image may have several classes, so that `early_exit` asks how sure each yes or no is.
 
     Attributes:
-        thresholds: [4], the least confidence (largest probability) at which `early_exit.dynamic` stops at an exit; until
-            they are calibrated none is reached before the last.
+        thresholds: [4], the least confidence (probability of the answer) at which `early_exit.dynamic` stops at an exit;
+            until they are calibrated none is reached before the last.
     """
 
     thresholds: Tensor
@@ -186,6 +187,7 @@ class DynPerceiver(nn.Module):
         in_chans: int = 3,
         exit: int | None = 3,
         spatial_reduction: bool = True,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         if not spatial_reduction:
@@ -198,7 +200,7 @@ class DynPerceiver(nn.Module):
         if in_chans != 3:
             _take(parts.stem, in_chans)
         widths = parts.widths
-        self.exit, self.num_classes = exit, num_classes
+        self.exit, self.num_classes, self.multi_label = exit, num_classes, multi_label
         self.num_features = self.head_hidden_size = sum(widths[2:])
         self._split = [widths[4], widths[3], widths[2]]
         self._head = partial(Exits, widths, isc=with_isc, hidden=parts.hidden, drop_rate=parts.drop_rate)
