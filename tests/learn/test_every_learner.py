@@ -25,10 +25,13 @@ SLIMMED = {
     "KeepRate": vt.tokens.EViT(keep=0.7, at=(1,)),
     "SemanticProxies": [vt.adapt.VPT(prompts=2), vt.adapt.Embed(dims=8)],
     "PHReg": vt.adapt.Registers(count=2),
+    "KeepZeros": vt.prune.TwoFour(),
+    "GPUSQ": vt.prune.TwoFour(),
 }
-WITHOUT_LOSS = ("EWA", "KeepRate", "SlimFit")
+WITHOUT_LOSS = ("AttentionSparsity", "EWA", "KeepRate", "KeepZeros", "SlimFit")
 FOR_PLAIN = (
-    "AlignToTable", "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "SlimFit",
+    "AlignToTable", "AttentionSparsity",
+    "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "SlimFit",
     *SLIMMED,
 )  # fmt: skip
 

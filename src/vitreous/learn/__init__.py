@@ -2,6 +2,7 @@
 
 from .align import AlignToTable
 from .arbex import ARBEx, with_balance
+from .attention_sparsity import AttentionSparsity
 from .classify import BinaryCrossEntropy, CrossEntropy
 from .collaborate import Collaborate, Students
 from .consistency import token_reduction_consistency
@@ -12,6 +13,7 @@ from .ewa import EWA, merged, with_experts
 from .ferkd import CropLabels, FerKD, label_crops
 from .frd import frd, reverse_modules
 from .g2sd import MAE, GenericDistillation, SpecificDistillation
+from .gpusq import GPUSQ, gpusq
 from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenReductionConsistency, heal
 from .long_tail import DeiTLT, effective_weights, long_tailed
 from .merging import Kitchen, MergingRule, merge
@@ -31,10 +33,12 @@ from .sharpness import largest_eigenvalue, neighbourhood_loss
 from .slimfit import SlimFit
 from .soups import GreedySoup, LearnedSoup, UniformSoup
 from .sparsifiner import connectivity_loss, predictor_parameters, sparsifiner_distillation
+from .zeros import KeepZeros
 
 __all__ = [
     "EWA",
     "FRD",
+    "GPUSQ",
     "KD",
     "MAE",
     "NKD",
@@ -45,6 +49,7 @@ __all__ = [
     "ARBEx",
     "AdamW",
     "AlignToTable",
+    "AttentionSparsity",
     "Batch",
     "BinaryCrossEntropy",
     "Collaborate",
@@ -57,6 +62,7 @@ __all__ = [
     "GenericDistillation",
     "GreedySoup",
     "KeepRate",
+    "KeepZeros",
     "Kitchen",
     "LearnedSoup",
     "Lion",
@@ -81,6 +87,7 @@ __all__ = [
     "connectivity_loss",
     "effective_weights",
     "frd",
+    "gpusq",
     "heal",
     "keep_rate",
     "label_crops",

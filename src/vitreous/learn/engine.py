@@ -223,10 +223,10 @@ def train(
             if clip is not None:
                 fabric.clip_gradients(wrapped, opt, max_norm=clip, error_if_nonfinite=False)
             opt.step()
-            if average is not None:
-                average.update(student)
             for o, now.parts in zip(objectives, lesson.parts, strict=True):
                 o.after_step(now)
+            if average is not None:  # of what the objectives left, as zeros that are kept
+                average.update(student)
             done = step + 1
             if progress is not None and fabric.is_global_zero:
                 progress(_line(meter, done, done_before, order, began), done / order.steps)

@@ -25,6 +25,7 @@ from .optimisers import AdamW, Optimiser
 from .sam import SAM
 from .schedule import keep_rate, set_keep
 from .sparsifiner import connectivity_loss, sparsifiner_distillation
+from .zeros import KeepZeros
 
 
 @objective
@@ -156,6 +157,8 @@ def heal(
     labels = data.labels if isinstance(data, Data) else data[1]
     images = data.tensor([0]) if isinstance(data, Data) else data[0][:1]
     chosen = objectives_for(model, teacher, labels, images)
+    if any(getattr(s, "zeros", False) for s in done):
+        chosen.append(KeepZeros())
     optimiser = optimiser or AdamW(lr=5e-5)
     if any(isinstance(m, ConnectivityPredictor) for m in model.modules()):
         first = None if out is None else Path(out) / "predictors"

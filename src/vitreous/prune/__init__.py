@@ -1,6 +1,9 @@
 """Steps that remove weights, heads or blocks."""
 
 from .heads import Heads
+from .lpvit import LPViT
 from .nvit import NViT
+from .sparse_then_prune import SparseThenPrune
+from .two_four import TwoFour, on_tensor_cores, read_packed, write_packed
 
-__all__ = ["Heads", "NViT"]
+__all__ = ["Heads", "LPViT", "NViT", "SparseThenPrune", "TwoFour", "on_tensor_cores", "read_packed", "write_packed"]
