@@ -6,6 +6,8 @@ from .blocks import traced
 from .errors import VitreousError
 from .glass import glass
 from .learn import heal, merge, train
+from .learn.pretrain.probe import probe
+from .learn.pretrain.run import pretrain
 from .prove import Proof, faithfulness, prove
 from .ship import Runtime, Shipment, ship
 from .steps import Recipe, Step, slim
@@ -31,6 +33,8 @@ __all__ = [
     "merge",
     "models",
     "open",
+    "pretrain",
+    "probe",
     "prove",
     "prune",
     "quant",

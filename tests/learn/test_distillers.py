@@ -96,7 +96,6 @@ def test_both_stages_of_g2sd_from_pixels_to_classes():
 @pytest.mark.parametrize(
     ("objective", "model", "match"),
     [
-        (lambda: vt.learn.MAE(), vit, "masked autoencoder"),
         (lambda: vt.learn.GenericDistillation(vit()), vit, "the teacher needs a masked autoencoder"),
         (lambda: vt.learn.GenericDistillation(autoencoder()), vit, "grid"),
         (lambda: vt.learn.GenericDistillation(autoencoder(), layer=4), lambda: vit(patch_size=4), "no layer 4"),

@@ -117,7 +117,7 @@ def test_merging_rules(name: str) -> None:
 
 
 def test_every_system_has_an_entry_that_is_there() -> None:
-    for row in [r for f in ("distill", "optimise", "adapt") for r in listed(f)]:
+    for row in [r for f in ("distill", "optimise", "adapt", "pretrain") for r in listed(f)]:
         for entry in row["entry"].split(", "):
             module, _, name = entry.rpartition(".")
             held = sys.modules.get(module) or importlib.import_module(module)

@@ -16,6 +16,8 @@ from .faithful import faithful
 from .heads import heads
 from .label import label
 from .merge import merge
+from .pretrain import pretrain
+from .probe import probe
 from .prove import prove
 from .run import run
 from .search import search
@@ -39,7 +41,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (slim, search, ship, run, prove, see, faithful, heads, studio, train, label, merge, anatomy, steps, systems):
+for command in (
+    slim,
+    search,
+    ship,
+    run,
+    prove,
+    see,
+    faithful,
+    heads,
+    studio,
+    train,
+    pretrain,
+    probe,
+    label,
+    merge,
+    anatomy,
+    steps,
+    systems,
+):
     app.command()(command)
 
 

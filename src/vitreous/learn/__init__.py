@@ -1,5 +1,6 @@
 """Teaching a model: the engine, what is learnt, optimisers; objectives and schedules of the methods."""
 
+from . import pretrain
 from .align import AlignToTable
 from .arbex import ARBEx, with_balance
 from .attention_sparsity import AttentionSparsity
@@ -12,7 +13,7 @@ from .engine import train
 from .ewa import EWA, merged, with_experts
 from .ferkd import CropLabels, FerKD, label_crops
 from .frd import frd, reverse_modules
-from .g2sd import MAE, GenericDistillation, SpecificDistillation
+from .g2sd import GenericDistillation, SpecificDistillation
 from .gpusq import GPUSQ, gpusq
 from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenReductionConsistency, heal
 from .long_tail import DeiTLT, effective_weights, long_tailed
@@ -24,6 +25,7 @@ from .optimisers import SGD, AdamW, Lion, Optimiser, SGDSaI
 from .patch_mixing import PatchMixing, replacement_curve
 from .ph_reg import PHReg
 from .pleas import PLeaS
+from .pretrain import MAE
 from .retrieval import retrieval
 from .sam import SAM
 from .scalekd import ScaleKD
@@ -98,6 +100,7 @@ __all__ = [
     "neighbourhood_loss",
     "objective",
     "predictor_parameters",
+    "pretrain",
     "replacement_curve",
     "retrieval",
     "reverse_modules",

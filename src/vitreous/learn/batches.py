@@ -79,7 +79,8 @@ class _Augmented(Dataset):
         seed_everything(self.seed, epoch, i)
         if isinstance(self.transform, Labelling):
             return *self.transform.labelled(self.data._whole(i), i), i
-        return self.transform(self.data._whole(i)), torch.as_tensor(self.data.labels[i]), i
+        label = -1 if self.data.labels is None else self.data.labels[i]
+        return self.transform(self.data._whole(i)), torch.as_tensor(label), i
 
 
 Pair = tuple[Tensor, Tensor | None]
@@ -133,7 +134,8 @@ class Batches:
             pin_memory=self.device.type == "cuda",
         )
         for images, labels, index in loader:
-            yield Batch(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), index)
+            labels = None if self.data.labels is None else labels.to(self.device, non_blocking=True)
+            yield Batch(images.to(self.device, non_blocking=True), labels, index)
 
     def _held(self) -> Iterator[Batch]:
         held: Any = self.data

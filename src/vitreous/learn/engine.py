@@ -304,7 +304,8 @@ def _outputs(model: nn.Module, data: Data | Pair) -> int:
 
 
 def _labels_fit(model: nn.Module, data: Data | Pair, objectives: Sequence[Objective]) -> None:
-    labels = torch.as_tensor(data.labels) if isinstance(data, Data) else data[1]
+    labels = data.labels if isinstance(data, Data) else data[1]
+    labels = None if labels is None else torch.as_tensor(labels)
     if labels is None or labels.ndim != 1 or not any("logits" in o.wants for o in objectives):
         return
     outputs = max(2, _outputs(model, data))  # one logit says yes or no

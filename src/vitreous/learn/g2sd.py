@@ -33,30 +33,6 @@ def _noise(model: MaskedAutoencoder, images: Tensor) -> Tensor:
 
 @objective
 @dataclass(frozen=True)
-class MAE(Objective):
-    """He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022): the pixels of hidden patches, of a
-    `MaskedAutoencoder`; each patch normalised by its own mean and unbiased variance. It wants no labels."""
-
-    wants = ()
-    mask: float = 0.75
-    normalise: bool = True
-
-    def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
-        model = _autoencoder(now.model, "MAE")
-        images, noise = batch.images, _noise(model, batch.images)
-        hidden = model.masked(images, noise, self.mask)
-        pixels = model.decoder.decoder_pred(model.decoder.decoder_norm(hidden))[:, 1:]
-        h, w = model.patch_embed.patch_size
-        target = images.unfold(2, h, h).unfold(3, w, w).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-        if self.normalise:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        _, place = masked_order(noise, self.mask)
-        away = place >= int(noise.shape[1] * (1 - self.mask))
-        return {"mae": (pixels - target).square().mean(-1)[away].mean()}
-
-
-@objective
-@dataclass(frozen=True)
 class GenericDistillation(Objective):
     """Huang et al., "Generic-to-Specific Distillation of Masked Autoencoders" (CVPR 2023), first stage: a ViT learns what a
     pretrained `MaskedAutoencoder` has inside its decoder, hidden patches or not. It wants no labels.

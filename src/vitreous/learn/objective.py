@@ -108,6 +108,8 @@ class Objective:
 
     wants: ClassVar[tuple[str, ...]] = ("logits",)
     whole_batch: ClassVar[bool] = False
+    official: ClassVar[tuple[tuple[str, str], ...]] = ()  # patterns in the names of a paper's checkpoint, and our names
+    crop: ClassVar[tuple[float, float]] = (0.2, 1.0)  # shares of a picture that crops cover in pretraining
 
     def blocks(self, model: nn.Module) -> Sequence[int]:
         """Blocks whose tokens it wants to see."""

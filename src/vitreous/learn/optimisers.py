@@ -38,7 +38,8 @@ class Optimiser:
         if self.layer_decay is None:
             groups: list[dict[str, Any]] = param_groups_weight_decay(model, self.weight_decay)
         else:
-            groups = param_groups_layer_decay(model, self.weight_decay, layer_decay=self.layer_decay)
+            whole: Any = getattr(model, "no_weight_decay", set)()  # positions and the class token, as the model says
+            groups = param_groups_layer_decay(model, self.weight_decay, whole, layer_decay=self.layer_decay)
         groups = [g for g in groups + param_groups_weight_decay(parts, self.weight_decay) if g["params"]]
         if not groups:
             raise VitreousError("nothing to train: no parameter of the model requires a gradient; set requires_grad on some")

@@ -119,7 +119,7 @@ def _key(model: nn.Module, data: Any, objectives: Sequence[Any], settings: dict[
     taught = [m for o in objectives for m in vars(o).values() if isinstance(m, nn.Module)]
     tensors = [t for m in (model, *taught) for item in m.state_dict().items() for t in item]
     if isinstance(data, Data):
-        what: list[object] = [data.name, len(data), torch.as_tensor(data.labels)]
+        what: list[object] = [data.name, len(data), None if data.labels is None else torch.as_tensor(data.labels)]
     else:
         what = [t if t is None else (tuple(t.shape), t.double().sum().item()) for t in data]
     return fingerprint(type(model), history_of(model).base, str(settings), *what, *tensors)

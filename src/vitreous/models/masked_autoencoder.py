@@ -41,22 +41,23 @@ def masked_order(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def encode_visible(model: nn.Module, images: Tensor, seen: Tensor, last: str = "norm") -> Tensor:
-    """Class token and the patches `seen [B, k]` alone through a ViT, up to its submodule `last`: `[B, 1 + k, C]`.
+    """Class token, where there is one, and the patches `seen [B, k]` alone through a ViT, up to its submodule `last`:
+    `[B, 1 + k, C]`, or `[B, k, C]`.
 
     Positions are added before; other prefix tokens (distillation, registers) stay out. Raises `VitreousError` for a model
-    without a class token, or whose attention needs to know where the tokens lie.
+    whose attention needs to know where the tokens lie.
     """
     anatomy = read(model)
-    if not anatomy.plain or not anatomy.class_token or any(b.attention.position != "absolute" for b in anatomy.blocks):
+    if not anatomy.plain or any(b.attention.position != "absolute" for b in anatomy.blocks):
         raise VitreousError(
-            f"patches can be left out where blocks are plain, and a class token and positions are added: not in {anatomy.kind}"
+            f"patches can be left out where blocks are plain, and positions are added before them: not in {anatomy.kind}"
         )
     found: list[Tensor] = []
 
     def leave_out(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens, *others = given
         patches = tokens[:, anatomy.prefix :].gather(1, seen[:, :, None].expand(-1, -1, tokens.shape[2]))
-        return torch.cat([tokens[:, :1], patches], 1), *others
+        return torch.cat([tokens[:, : int(anatomy.class_token)], patches], 1), *others
 
     handles = [
         model.get_submodule(anatomy.blocks[0].name).register_forward_pre_hook(leave_out),
@@ -71,7 +72,8 @@ def encode_visible(model: nn.Module, images: Tensor, seen: Tensor, last: str = "
 
 
 class MaskedDecoder(nn.Module):
-    """From tokens of the visible patches `[B, 1 + k, C]` to what stands at every place `[B, 1 + N, width]`.
+    """From tokens of the visible patches `[B, 1 + k, C]` to what stands at every place `[B, 1 + N, width]`; without a class token
+    (`prefix` 0) one less in both.
 
     `pixels`: numbers of a patch, of which a last layer answers; 0 for none. `predict`: widths of two heads of G2SD's students,
     for features of the teacher's encoder (which the released code builds and gives no weight) and of its decoder.
@@ -86,11 +88,15 @@ class MaskedDecoder(nn.Module):
         heads: int,
         pixels: int = 0,
         predict: tuple[int, int] | None = None,
+        prefix: int = 1,
     ) -> None:
         super().__init__()
+        if width % heads or width % 4:
+            raise VitreousError(f"a decoder of width {width} cannot have {heads} heads: both they and 4 must divide it")
+        self.prefix = prefix
         self.decoder_embed = nn.Linear(inputs, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(sine_cosine(width, grid), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sine_cosine(width, grid)[:, 1 - prefix :], requires_grad=False)
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         if pixels:
@@ -107,9 +113,9 @@ class MaskedDecoder(nn.Module):
     def forward(self, tokens: Tensor, place: Tensor, depth: int | None = None) -> Tensor:
         """`place [B, N]` as `masked_order` gives it; after `depth` blocks, all of them when None, before the norm."""
         x = self.decoder_embed(tokens)
-        hidden = self.mask_token.expand(len(x), 1 + place.shape[1] - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], hidden], 1).gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([x[:, :1], patches], 1) + self.decoder_pos_embed
+        hidden = self.mask_token.expand(len(x), self.prefix + place.shape[1] - x.shape[1], -1)
+        patches = torch.cat([x[:, self.prefix :], hidden], 1).gather(1, place[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, : self.prefix], patches], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks[:depth]:
             x = block(x)
         return x

@@ -1,0 +1,151 @@
+"""Masks, targets, losses and whole methods hold the reference implementations' outputs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from support import official_state
+
+from vitreous.learn import AdamW
+from vitreous.learn import pretrain as p
+from vitreous.learn.pretrain import masks
+from vitreous.learn.pretrain.simmim import hidden_l1
+from vitreous.models.masked_autoencoder import sine_cosine
+
+FOLDER = Path(__file__).parents[1] / "goldens"
+
+
+def golden(name: str):
+    held = np.load(FOLDER / f"{name}.npz")
+    return json.loads(bytes(held["info"])), {k: torch.from_numpy(held[k]) for k in held if k != "info" and held[k].ndim} | {
+        k: float(held[k]) for k in held if k != "info" and not held[k].ndim
+    }
+
+
+def noise(seed: int, shape) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def near(ours, theirs, tolerance=1e-4) -> None:
+    """Scalars, or the first values of each sample."""
+    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
+    if theirs.ndim == 2 and ours.ndim > 1:
+        ours = ours.flatten(1)[:, : theirs.shape[1]]
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_aligned_masks() -> None:
+    info, g = golden("simmim--mask")
+    for name, k in info["kwargs"].items():
+        rng, side = np.random.RandomState(7), k["input_size"] // k["model_patch_size"]
+        for theirs in g[f"mask_{name}"]:
+            ours = masks.aligned((side, side), k["mask_patch_size"] // k["model_patch_size"], k["mask_ratio"], rng)
+            assert torch.equal(ours.byte(), theirs)
+
+
+def test_block_wise_masks() -> None:
+    info, g = golden("eva--mask")
+    for name, k in info["kwargs"].items():
+        for seed, theirs in enumerate(g[f"mask_{name}"]):
+            given = k["num_masking_patches"], k["min_num_patches"], k["max_num_patches"]
+            ours = masks.blocks(tuple(k["input_size"]), *given, rng=random.Random(seed))
+            assert torch.equal(ours.byte(), theirs)
+
+
+def test_rectangles() -> None:
+    info, g = golden("gmml--mask")
+    for name, k in info["kwargs"].items():
+        for seed in (0, 1):
+            ours = masks.rectangles((224, 224), k["max_replace"], k["align"], rng=np.random.RandomState(seed))
+            theirs = np.unpackbits(g[f"mask_{name}_{seed}"].numpy()).reshape(224, 224)
+            assert (ours.numpy() == theirs).all()
+
+
+def test_masks_of_clips() -> None:
+    _, g = golden("videomae-v2--mask")
+    for seed in range(3):
+        assert torch.equal(masks.tube(8, 196, 0.9, np.random.RandomState(seed)).byte(), g[f"tube_{seed}"])
+    for start in range(4):
+        assert torch.equal(masks.running_cell(8, (14, 14), 0.5, start).byte(), g["cell_all_50"][start])
+        assert torch.equal(masks.running_cell(8, (8, 6), 0.75, start).byte(), g["cell_all_75"][start])
+    rng = np.random.RandomState(0)
+    assert torch.equal(torch.stack([masks.running_cell(8, (14, 14), rng=rng) for _ in range(4)]).byte(), g["cell_draws"])
+
+
+def test_clusters() -> None:
+    _, g = golden("ssast--mask")
+    for seed in range(3):
+        for count in (400, 100):
+            assert torch.equal(masks.clusters((8, 64), count, rng=random.Random(seed)).int(), g[f"patch_{count}_{seed}"])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 5])
+def test_facial_regions(seed: int) -> None:
+    """Of theirs every count is held; which patches of a group are drawn is left to each generator."""
+    info, g = golden("fsfm--mask_crfrp")
+    torch.manual_seed(seed)
+    ours, region = masks.facial_regions(g[f"parsing_{seed}"], 16, 0.75, random.Random(seed))
+    theirs, whole = g[f"img_mask_{seed}"].bool(), g[f"region_mask_{seed}"].bool()
+    assert masks.GROUPS[random.Random(seed).choice(range(6))] in (None, tuple(info["regions"][str(seed)]))
+    assert (ours.sum(1) == theirs.sum(1)).all() and (region.sum(1) == whole.sum(1)).all()
+    for i, parsing in enumerate(g[f"parsing_{seed}"]):
+        if whole[i].sum() < 147:
+            assert torch.equal(region[i], whole[i])
+        assert (ours[i] & region[i]).sum() == region[i].sum()
+        met = region[i].clone()
+        for group in masks.facial_groups(parsing, 16):
+            new = group & ~met
+            met |= group
+            assert abs(int((ours[i] & new).sum()) - int((theirs[i] & new).sum())) <= 6
+
+
+def test_gradient_target() -> None:
+    _, g = golden("uni4eye--gradient")
+    image = g["image"].permute(2, 0, 1)[None].double()
+    along, down = p.patches.sobel(image)
+    assert torch.equal(along[0].permute(1, 2, 0), g["gx5"].double()) and torch.equal(down[0].permute(1, 2, 0), g["gy5"].double())
+    assert torch.equal(p.patches.gradients(image)[0].permute(1, 2, 0), g["grad5"].double())
+
+
+@torch.no_grad()
+def test_simmim() -> None:
+    info, g = golden("simmim--vit_base_224")
+    shared = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1, use_rel_pos_bias=False)
+    model = timm.create_model("beit_base_patch16_224", num_classes=0, global_pool="token", **shared).eval()
+    objective = p.SimMIM()
+    parts = p.load_reference(model, objective, official_state(info))
+    x, mask = noise(0, info["x_shape"]), g["in_mask"].bool()
+    near(objective.predict(model, parts, x, mask), g["out"])
+    near(hidden_l1(x, objective.predict(model, parts, x, mask), mask), g["loss"], 1e-5)
+
+
+@torch.no_grad()
+def test_mae_thorax() -> None:
+    info, g = golden("mae-thorax--small_dec512d2b_r90")
+    model = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
+    objective = p.MAE(mask=0.9, normalise=False, depth=2)
+    state = official_state(info) | {"pos_embed": sine_cosine(384, (14, 14)), "decoder_pos_embed": sine_cosine(512, (14, 14))}
+    parts = p.load_reference(model, objective, state)
+    assert sum(v.numel() for m in (model, parts) for v in m.parameters()) == info["params"]
+    x, mask = noise(0, info["x_shape"]), objective.hidden(g["in_noise"])
+    assert torch.equal(mask.float(), g["mask"])
+    pixels = objective.predict(model, parts, x, g["in_noise"])
+    near(pixels, g["out"])
+    near(objective.loss(x, pixels, mask, (16, 16)), g["loss"], 1e-5)
+
+
+def test_layer_decay() -> None:
+    info, g = golden("mae-thorax--layer_decay")
+    model = timm.create_model("vit_small_patch16_224", num_classes=14)
+    made = AdamW(lr=1.0, weight_decay=0.05, layer_decay=0.55).make(model, torch.nn.Identity()).param_groups
+    names = {id(v): k for k, v in model.named_parameters()}
+    ours = {names[id(v)]: (group["lr_scale"], group["weight_decay"]) for group in made for v in group["params"]}
+    for name, scale, decay in zip(info["names"], g["lr_scale"], g["weight_decay"], strict=True):
+        assert ours[name] == pytest.approx((scale.item(), decay.item()))
