@@ -108,6 +108,28 @@ SMALL: dict[str, Small] = {
     "dcls-thesis": Small(
         "convnext_dcls_tiny_gauss", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False
     ),
+    "monarch": Small(
+        "monarch_vit_s_16",
+        dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+    ),
+    "monarch-mixer": Small(
+        "m2_vit_b",
+        dict(img_size=32, patch_size=8, embed_dim=16, depth=1, width=8),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+        attention=False,
+    ),
+    "hyena-nd": Small(
+        "hyena_nd_vit_tiny_hybrid",
+        dict(img_size=32, patch_size=8, embed_dim=16, depth=2, hyena_depth=1, num_heads=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48),
+    ),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",

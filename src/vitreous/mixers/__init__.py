@@ -5,6 +5,7 @@ from .depthwise import ConditionalPosition, DepthwiseMlp, conv_norm
 from .dilated import DilatedReparam
 from .distilled import DistilledHead
 from .fourier import irfft2, rfft2
+from .monarch import MonarchLinear, block_diagonal
 from .neighbourhood import NeighbourhoodAttention, adaptive_avg_pool, neighbourhoods
 from .positions import patch_grid, require_size, resample_position, sinusoid
 from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan, state_space_dual
@@ -17,9 +18,11 @@ __all__ = [
     "DilatedReparam",
     "DistilledHead",
     "MetaBlock",
+    "MonarchLinear",
     "NeighbourhoodAttention",
     "SelectiveScan",
     "adaptive_avg_pool",
+    "block_diagonal",
     "conv_norm",
     "gated_linear_attention",
     "irfft2",

@@ -2,8 +2,9 @@
 
 from .heads import Heads
 from .lpvit import LPViT
+from .monarch import Monarch
 from .nvit import NViT
 from .sparse_then_prune import SparseThenPrune
 from .two_four import TwoFour, on_tensor_cores, read_packed, write_packed
 
-__all__ = ["Heads", "LPViT", "NViT", "SparseThenPrune", "TwoFour", "on_tensor_cores", "read_packed", "write_packed"]
+__all__ = ["Heads", "LPViT", "Monarch", "NViT", "SparseThenPrune", "TwoFour", "on_tensor_cores", "read_packed", "write_packed"]
