@@ -8,6 +8,7 @@ that day, 768 wide and 8 blocks deep. The same in ViT-B, and in its attention to
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed, trunc_normal_
@@ -44,7 +45,7 @@ class MonarchViT(Classifier):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(embed_dim, drop_rate)
-        self.size, norm = (img_size, img_size), partial(nn.LayerNorm, eps=1e-6)
+        self.size, norm = (img_size, img_size), cast(type[nn.Module], partial(nn.LayerNorm, eps=1e-6))
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
@@ -52,11 +53,11 @@ class MonarchViT(Classifier):
         self.blocks = nn.Sequential(
             *(Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=rate) for rate in rates)
         )
-        self.norm = norm(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        for block in self.blocks:
+        for block in cast(Any, self.blocks):
             for part in (block.mlp, block.attn) if attention else (block.mlp,):
                 for name, layer in list(part.named_children()):
                     if isinstance(layer, nn.Linear):

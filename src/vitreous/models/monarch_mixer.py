@@ -136,12 +136,12 @@ class MonarchMixerViT(Classifier):
         tokens = cast(int, self.patch_embed.num_patches)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         trunc_normal_(self.pos_embed, std=0.02)
-        norm, kwargs = partial(nn.LayerNorm, eps=1e-6), dict(places=places, width=width, omega=omega)
+        norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
             *(
                 MetaBlock(
                     embed_dim,
-                    SequenceMixer(embed_dim, tokens, **kwargs),
+                    SequenceMixer(embed_dim, tokens, places=places, width=width, omega=omega),
                     BlockdiagMlp(embed_dim, int(embed_dim * mlp_ratio), nblocks),
                     norm,
                     drop_path=drop_path_rate * i / max(depth - 1, 1),
