@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from small_models import SMALL
 from support import small_convnet, small_vit
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from vitreous.tokens import EViT
 ARGUMENTS = {
     "tokens.EViT": {"keep": 0.5},
     "tokens.ToMe": {"r": 2},
+    "tokens.SSMPruning": {"keep": 0.5, "at": (0,)},
     "tokens.UniformPooling": {"at": (0,)},
     "prune.Heads": {"share": 0.34},
     "prune.NViT": {"keep": 0.7, "rounds": 2},
@@ -42,8 +44,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# What a step is tried on where a plain ViT of two blocks will not do: a deeper one, or a convolutional network.
-VIT, OTHERS = small_vit(depth=2), {"adapt.HST": small_vit(depth=4), "adapt.DCLS": small_convnet("convnext_atto")}
+# What a step is tried on where a plain ViT of two blocks will not do: a deeper one, or a network without attention.
+VIT = small_vit(depth=2)
+OTHERS = {
+    "adapt.HST": small_vit(depth=4),
+    "adapt.DCLS": small_convnet("convnext_atto"),
+    "tokens.SSMPruning": SMALL["patch-scaling adventurer"].make(img_size=32, depth=2),
+}
 MADE: dict[tuple[str, int], nn.Module] = {}
 
 
@@ -116,8 +123,8 @@ class TestEveryStep:
             families = (step.family, partner.family)
             late = not first and step.family == "adapt" and partner.family in ("tokens", "quant")
             places = step.name == "adapt.HST" and partner.family == "tokens"  # its side network reads patches in their grid
-            convolutional = step.name in OTHERS and not hasattr(original, "blocks")  # where there is no attention to cut
-            assert step.family == partner.family or set(families) == {"prune", "quant"} or late or places or convolutional
+            other = step.name in OTHERS and step.name != "adapt.HST"  # where there is no attention to cut
+            assert step.family == partner.family or set(families) == {"prune", "quant"} or late or places or other
             return
         assert [s.name for s in history_of(small).steps()] == [s.name for s in order]
         with torch.no_grad():

@@ -94,7 +94,9 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return ((h * C[..., None, :]).sum(-1) + D * x).to(kind)
 
 
-def state_space_dual(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int = 64) -> Tensor:
+def state_space_dual(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk: int = 64, passed: Tensor | None = None
+) -> Tensor:
     """y_t = h_tᵀ C_t + D x_t with h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_tᵀ, where a head has one decay for all that it remembers.
 
     x and y `[B, L, heads, P]`, delta `[B, L, heads]`, A and D `[heads]`, and B and C, which all heads share, `[B, L, N]`; A is
@@ -103,9 +105,12 @@ def state_space_dual(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, 
     `linear_recurrence`. Within one a token reads those before it, as in attention, times the decay between the two. Its
     logarithm is summed for each pair: as the difference of two sums since the chunk's start it would be less exact.
 
-    On CUDA the kernel of `mamba_ssm` is used where it is installed.
+    passed: the sum of Δ, `[B, L, heads]`, over what stood between a token and the one before it and is no longer there; the state
+    decays as if it were.
+
+    On CUDA the kernel of `mamba_ssm` is used where it is installed, and nothing is `passed`.
     """
-    if MAMBA and x.is_cuda:
+    if MAMBA and x.is_cuda and passed is None:
         kernel: Any = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
         return kernel(x, delta, A.float(), B[:, :, None], C[:, :, None], 256, D=D.float())
     kind, length = x.dtype, x.shape[1]
@@ -116,8 +121,8 @@ def state_space_dual(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, 
         """`[B, L, …]` to `[B, L / chunk, chunk, …]`, 0 behind the end."""
         return F.pad(t, (0, 0) * (t.ndim - 2) + (0, -length % chunk)).unflatten(1, (-1, chunk))
 
-    B, C = chunks(B), chunks(C)
-    u, g = chunks(delta[..., None] * x).transpose(2, 3), chunks(delta * A).mT
+    B, C, decay = chunks(B), chunks(C), delta if passed is None else delta + passed.to(delta)
+    u, g = chunks(delta[..., None] * x).transpose(2, 3), chunks(decay * A).mT
     between = g[..., None].expand(*g.shape, chunk).tril(-1).cumsum(-2).exp().tril()  # [B, chunks, heads, reading, read]
     since = g.cumsum(-1).exp()[..., None]
 

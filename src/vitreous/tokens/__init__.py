@@ -7,6 +7,17 @@ from .random_choice import RandomChoice
 from .semantic import SemanticTokens
 from .slimming import TokenSlimming
 from .sparsifiner import Sparsifiner
+from .ssm_pruning import SSMPruning
 from .tome import ToMe
 
-__all__ = ["MCTF", "EViT", "RandomChoice", "SemanticTokens", "Sparsifiner", "ToMe", "TokenSlimming", "UniformPooling"]
+__all__ = [
+    "MCTF",
+    "EViT",
+    "RandomChoice",
+    "SSMPruning",
+    "SemanticTokens",
+    "Sparsifiner",
+    "ToMe",
+    "TokenSlimming",
+    "UniformPooling",
+]
