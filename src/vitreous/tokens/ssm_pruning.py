@@ -93,7 +93,7 @@ class PruningBlock(nn.Module):
             return Left(*given)
         return Left(given, torch.arange(given.shape[1] - 1, device=given.device).expand(given.shape[0], -1))
 
-    def branch(self, scale: nn.Module, x: Tensor) -> Tensor:
+    def branch(self, scale: Any, x: Tensor) -> Tensor:
         return cast(nn.Module, self.drop_path)(scale(x))
 
 
