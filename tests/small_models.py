@@ -41,6 +41,18 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "as-vit": Small(
+        "as_vit_seed",
+        dict(img_size=64, genotype="8,2,3,1|4,1,2,1|4,1,4,1|3,1,2,1|8,16"),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "deepmad": Small(
+        "deepmad_r18", dict(stem=16, stages=[[16, 8, 5, 1], [24, 8, 5, 2], [24, 8, 3, 1, 1], [32, 8, 3, 1]]), attention=False
+    ),
+    "deepmad depthwise": Small(
+        "deepmad_29m_224", dict(stem=16, stages=[[16, 32, 3, 2, 1], [24, 32, 5, 1], [32, 32, 3, 1]], last=48), attention=False
+    ),
     "uniformer light": Small(
         "uniformer_xxs",
         dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1)),

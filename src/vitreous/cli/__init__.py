@@ -12,6 +12,7 @@ import typer
 
 from ..errors import VitreousError
 from .anatomy import anatomy
+from .design import design
 from .faithful import faithful
 from .heads import heads
 from .label import label
@@ -44,6 +45,7 @@ app = typer.Typer(
 for command in (
     slim,
     search,
+    design,
     ship,
     run,
     prove,

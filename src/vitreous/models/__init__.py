@@ -2,6 +2,7 @@
 
 from . import (
     adventurer,
+    as_vit,
     bundled,
     cas_vit,
     chada_vit,
@@ -10,6 +11,7 @@ from . import (
     crossformer,
     cvt,
     dcls,
+    deepmad,
     dependencyvit,
     dhvt,
     dinat,
@@ -51,6 +53,7 @@ from .official import load_official, variants
 
 __all__ = [
     "adventurer",
+    "as_vit",
     "bundled",
     "cas_vit",
     "chada_vit",
@@ -59,6 +62,7 @@ __all__ = [
     "crossformer",
     "cvt",
     "dcls",
+    "deepmad",
     "dependencyvit",
     "dhvt",
     "dinat",
