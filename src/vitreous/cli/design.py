@@ -51,7 +51,7 @@ def design(
             if params is None or macs is not None:
                 raise VitreousError("as-vit needs --params, as --params 20e6, and takes no --macs")
             genotype = as_vit.design(params, steps=samples, seed=seed, progress=progress)
-            built = store.open_model("as_vit_seed", num_classes=num_classes, img_size=img_size, genotype=genotype)
+            built = store.open_model("as_vit_seed", num_classes=num_classes, img_size=img_size, genotype=as_vit.numbers(genotype))
             print(f"genotype {genotype}")
     store.save_model(built, out)
     print(f"{sum(p.numel() for p in built.parameters()) / 1e6:.2f} M parameters, untrained, written to {out}")

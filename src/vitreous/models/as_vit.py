@@ -8,6 +8,7 @@ VITA-Group/AsViT.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -21,19 +22,20 @@ from .official import publish, renamed
 
 WIDEST = 1024
 Grid = tuple[int, int]
+Genotype = str | Sequence[Sequence[int]]
 
 
-def parse(genotype: str) -> tuple[list[list[int]], int, int]:
+def parse(genotype: Genotype) -> tuple[list[list[int]], int, int]:
     """Of "K,S,E,L|…|heads,width" each stage's kernel, splits, expansion and blocks; heads of the last stage; width of the first.
 
     Raises `VitreousError` where it is not of that form.
     """
-    *stages, last = [part.split(",") for part in genotype.split("|")]
+    *stages, last = [p.split(",") for p in genotype.split("|")] if isinstance(genotype, str) else genotype
     if len(stages) != 4 or any(len(s) != n for s, n in zip(stages, (4, 4, 4, 4))) or len(last) != 2:
         raise VitreousError(f"{genotype!r} is no genotype: give four stages K,S,E,L and heads,width, as {SEED}")
     try:
         return [[int(n) for n in s] for s in stages], int(last[0]), int(last[1])
-    except ValueError:
+    except (TypeError, ValueError):
         raise VitreousError(f"{genotype!r} is no genotype: its parts are whole numbers, as {SEED}") from None
 
 
@@ -114,9 +116,9 @@ class Head(nn.Sequential):
 class AsViT(Classifier):
     """Images `[B, C, *img_size]` to logits `[B, num_classes]`.
 
-    genotype: "K,S,E,L|…|heads,width": of each stage the kernel of its embedding, splits a side (1: attention to all), expansion
-    of the MLP and blocks; heads of the last stage, of which the earlier have an eighth, a quarter and a half; width of the
-    first, which doubles from stage to stage up to 1024. There is no position embedding.
+    genotype: "K,S,E,L|…|heads,width", or the same as lists: of each stage the kernel of its embedding, splits a side (1:
+    attention to all), expansion of the MLP and blocks; heads of the last stage, of which the earlier have an eighth, a quarter
+    and a half; width of the first, which doubles from stage to stage up to 1024. There is no position embedding.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class AsViT(Classifier):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
-        genotype: str = "8,2,3,1|4,1,2,1|4,1,4,1|4,1,6,1|32,64",
+        genotype: Genotype = "8,2,3,1|4,1,2,1|4,1,4,1|4,1,6,1|32,64",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:

@@ -205,6 +205,11 @@ def design(
     return cast(str, within[-1])
 
 
+def numbers(genotype: str) -> list[list[int]]:
+    """The genotype as a list of lists, as which a saved model keeps it."""
+    return [[int(n) for n in part.split(",")] for part in genotype.split("|")]
+
+
 def _written(options: Sequence[Sequence[int]], genes: Sequence[int], width: int) -> str:
     *values, heads = [o[g] for o, g in zip(options, genes, strict=True)]
     return "|".join([*(f"{values[i]},{values[i + 1]},{values[i + 2]},1" for i in range(0, 12, 3)), f"{heads},{width}"])
