@@ -14,6 +14,7 @@ from support import official_state
 
 from vitreous.learn import AdamW
 from vitreous.learn import pretrain as p
+from vitreous.learn.objective import Batch, Now, Seen
 from vitreous.learn.pretrain import masks
 from vitreous.learn.pretrain.simmim import hidden_l1
 from vitreous.models.masked_autoencoder import sine_cosine
@@ -149,3 +150,80 @@ def test_layer_decay() -> None:
     ours = {names[id(v)]: (group["lr_scale"], group["weight_decay"]) for group in made for v in group["params"]}
     for name, scale, decay in zip(info["names"], g["lr_scale"], g["weight_decay"], strict=True):
         assert ours[name] == pytest.approx((scale.item(), decay.item()))
+
+
+@torch.no_grad()
+def test_gmml() -> None:
+    info, g = golden("gmml--tiny_r6-8-10-12")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    parts = p.load_reference(model, p.GMML(), official_state(info))
+    clean = torch.cat([noise(seed, shape) for seed, shape in zip(info["x_seed"], info["x_shape"], strict=True)])
+    mask = torch.from_numpy(np.unpackbits(torch.cat([g["mask0"], g["mask1"]]).numpy(), axis=-1)).bool()[:, None]
+    pixels = p.GMML().predict(model, parts, clean.masked_fill(mask, 0.0))
+    near(pixels, g["out"])
+    near(p.gmml.changed_l1(clean, pixels, mask), g["loss"], 1e-5)
+
+
+@torch.no_grad()
+def test_eva() -> None:
+    info, g = golden("eva--tiny_abs")
+    k = {k: info["kwargs"][k] for k in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+    model = timm.models.beit.Beit(patch_size=14, num_classes=0, global_pool="token", **k).eval()
+    teacher = timm.create_model("vit_tiny_patch16_224", patch_size=14, embed_dim=96, depth=1, num_heads=3)
+    objective = p.EVA(teacher)
+    parts = p.load_reference(model, objective, official_state(info))
+    x, mask = noise(0, info["x_shape"]), g["in_mask"].bool()
+    ours = objective.predict(model, parts, x, mask)
+    near(ours, g["out"])
+    now = Now(model, parts=parts, teach=lambda *_: Seen(x, patches=noise(9, (2, 256, 96))))
+    objective = p.EVA(teacher)
+    object.__setattr__(objective, "draw", lambda *_: mask)
+    near(objective(Seen(x), Batch(x, None, torch.arange(2)), now)["cosine"], g["loss"], 1e-4)
+
+
+@torch.no_grad()
+def test_semaim() -> None:
+    info, g = golden("semaim--tiny_pixel")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    state = official_state(info) | {"pos_embed": sine_cosine(192, (14, 14))}
+    parts = p.load_reference(model, p.SemAIM(), state)
+    x, rank = noise(0, info["x_shape"]), g["in_permutation"]
+    pixels = p.SemAIM().predict(model, parts, x, rank)
+    near(pixels, g["out"])
+    near((pixels[:, 1:] - p.SemAIM().target(model, x)).square().mean(), g["loss"], 1e-5)
+    near(p.semaim.nearness(model.forward_features(x)), g["feature_attention"])
+
+
+def test_order() -> None:
+    _, g = golden("semaim--order")
+    near(p.semaim.from_centre(g["in_attention"], (14, 14)), g["perm_attention_center"], 1e-6)
+    r = np.random.default_rng(0)
+    r.random((3, 196), np.float32)
+    near(p.semaim.nearness(torch.from_numpy(r.standard_normal((2, 197, 32)))), g["att_cls"], 1e-9)
+    assert torch.allclose(p.patches.blurred(noise(4, (1, 3, 32, 32))), g["blur"], atol=1e-5)
+
+
+@torch.no_grad()
+def test_ssast() -> None:
+    info, g = golden("ssast--tiny_patch16")
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=(128, 1024), in_chans=1, num_classes=1000).eval()
+    objective = p.SSAST(over="predictions")
+    parts = p.load_reference(model, objective, official_state(info))
+    x = info["x_factor"] * noise(0, info["x_shape"]).mT[:, None]
+    near(model.forward_features(x), g["out"])
+    nce, mse = objective.losses(model, parts, x, (g["in_index"], g["in_index"]))
+    near(nce, g["nce"], 1e-5)
+    near(mse, g["mse"], 1e-5)
+
+
+@torch.no_grad()
+def test_videomae_v2() -> None:
+    info, g = golden("videomae-v2--small_d4")
+    model, objective = p.VideoViT().eval(), p.VideoMAEv2()
+    parts = p.load_reference(model, objective, official_state(info))
+    assert sum(v.numel() for m in (model, parts) for v in m.parameters()) == info["params"]
+    x, hidden, skipped = noise(0, info["x_shape"]), g["in_mask"].bool().flatten(1), g["in_decode_mask"].bool().flatten(1)
+    near(objective.predict(model, parts, x, hidden, ~skipped), g["out"])
+    near(objective.target(model, x)[~skipped][None], g["target"])
+    near(objective.loss(model, parts, x, hidden, ~skipped), g["loss"], 1e-5)
+    near(objective.loss(model, parts, x, hidden, hidden), g["loss_without_decoder_mask"], 1e-5)

@@ -8,7 +8,7 @@ from learning import pictures, vit
 
 import vitreous as vt
 from vitreous.learn import pretrain as p
-from vitreous.learn.objective import Batch, Now, Seen
+from vitreous.learn.objective import Batch, Now, Seen, look
 
 QUICK = dict(batch=16, augment=None)
 
@@ -20,7 +20,7 @@ def small(**kwargs):
 def loss(objective, model, x, parts=None, labels=None, seed=0, share=0.0) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     now = Now(model, share=share, parts=objective.parts(model) if parts is None else parts)
-    now.teach = lambda teacher, images, wants=("logits",), *_: vt.learn.objective.look(teacher, images, wants)
+    now.teach = lambda teacher, images, wants=("logits",), *_: look(teacher, images, wants)
     torch.manual_seed(seed)
     return objective(Seen(x), Batch(x, labels, torch.arange(len(x))), now)
 
@@ -89,3 +89,146 @@ def test_patchify_and_back() -> None:
 def test_refusals(method: str, match: str) -> None:
     with pytest.raises(vt.VitreousError, match=match):
         vt.pretrain(small(), (pictures(16)[0], None), method, epochs=1, **QUICK)
+
+
+# ---- GMML
+
+
+def test_gmml_counts_only_what_was_changed() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 32, 32)
+    corrupted, mask = p.GMML(align=4).corrupt(x)
+    assert torch.equal(torch.where(mask, x, corrupted), x)
+    shares = mask.float().flatten(1).mean(1)
+    foreign = shares < 0.5
+    assert 0 < foreign.sum() < 8 and (shares >= 0.3).all()
+    for i in foreign.nonzero()[:, 0].tolist():  # the same place of one other picture
+        assert any(torch.equal(corrupted[i][:, mask[i, 0]], x[j][:, mask[i, 0]]) for j in range(8) if j != i)
+    pixels = torch.randn_like(x)
+    assert torch.equal(p.gmml.changed_l1(x, pixels, mask), p.gmml.changed_l1(x, torch.where(mask, pixels, 9.0), mask))
+
+
+def test_gmml_decodes_the_mean_of_blocks() -> None:
+    model, x = small(depth=3), pictures(4)[0]
+    ours, last = p.GMML(align=1, after=(1, 3)), p.GMML(align=1, after=(3,))
+    parts = ours.parts(model)
+    with torch.no_grad():
+        assert not torch.allclose(ours.predict(model, parts, x), last.predict(model, parts, x))
+        got = model.norm(sum(model.forward_intermediates(x, intermediates_only=True, indices=[0, 2], output_fmt="NLC")) / 2)
+        torch.testing.assert_close(ours.predict(model, parts, x), parts(got, (4, 4)))
+
+
+# ---- EVA
+
+
+def test_eva_learns_the_teachers_features_at_hidden_places() -> None:
+    model, teacher, x = small(), vit(patch_size=4, depth=1), pictures(8)[0]
+    objective = p.EVA(teacher, mask=0.4)
+    before = loss(objective, model, x)["cosine"]
+    taught = vt.pretrain(model, (x, None), objective, vt.learn.AdamW(lr=3e-3), epochs=15, batch=8, augment=None)
+    assert abs(float(before)) < 0.3
+    assert not torch.equal(taught.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    torch.manual_seed(0)
+    mask = objective.draw((4, 4), 32)
+    assert (mask.flatten(1).sum(1) <= 6).all() and mask.flatten(1).any(1).all()
+    with torch.no_grad():
+        parts = objective.parts(model)
+        cover = mask[:8].repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+        same = objective.predict(model, parts, torch.where(cover, 9.0, x), mask[:8])
+        torch.testing.assert_close(objective.predict(model, parts, x, mask[:8]), same)
+
+
+def test_eva_resizes_for_the_teacher() -> None:
+    teacher = vit(img_size=32, patch_size=8)
+    assert loss(p.EVA(teacher), small(), pictures(4)[0])["cosine"].isfinite()
+    assert loss(p.EVA(teacher, project=True), small(), pictures(4)[0])["cosine"].isfinite()
+    with pytest.raises(vt.VitreousError, match=r"grid of \(2, 2\) patches and the student \(4, 4\)"):
+        loss(p.EVA(vit(patch_size=8)), small(), pictures(4)[0])
+
+
+# ---- SemAIM
+
+
+def test_semaim_predicts_from_what_came_before() -> None:
+    model, x = small(), pictures(2)[0]
+    objective = p.SemAIM(order="raster")
+    parts = objective.parts(model)
+    rank = objective.rank(model, x)
+    with torch.no_grad():
+        whole = objective.predict(model, parts, x, rank)
+        later = x.clone()
+        later[:, :, 8:] = 9.0  # patches 8 to 15
+        got = objective.predict(model, parts, later, rank)
+    torch.testing.assert_close(got[:, : 1 + 9], whole[:, : 1 + 9])  # patch 8 too: it does not see itself
+    assert not torch.allclose(got[:, 10:], whole[:, 10:])
+
+
+def test_semaim_begins_where_the_class_token_looks() -> None:
+    model, x = small(), pictures(4)[0]
+    rank = p.SemAIM().rank(model, x)
+    near = p.semaim.nearness(model.forward_features(x))
+    assert torch.equal(rank.argmin(1), near.argmax(1)) and not model.training
+
+
+# ---- SSAST
+
+
+def test_ssast_finds_patches_within_one_clip() -> None:
+    import timm
+
+    size = dict(img_size=(32, 64), patch_size=4, embed_dim=24, depth=1, num_heads=3, in_chans=1, num_classes=0)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **size).eval()
+    x = torch.randn(2, 1, 32, 64)
+    found = loss(p.SSAST(mask=0.5), model, x)
+    assert found["nce"] > 3 and found["mse"] > 0
+    right, wrong = torch.eye(6)[None] * 20, torch.eye(6)[None].flip(1) * 20
+    assert p.ssast.info_nce(right, torch.eye(6)[None]) < 1e-3 < p.ssast.info_nce(wrong, torch.eye(6)[None])
+    a, b = torch.randn(2, 1, 6, 4)
+    assert not torch.allclose(p.ssast.info_nce(a, b), p.ssast.info_nce(a, b, "predictions"))
+    torch.testing.assert_close(p.ssast.info_nce(a, b), p.ssast.info_nce(b, a, "predictions"))
+
+
+# ---- VideoMAE V2
+
+
+def clips():
+    torch.manual_seed(0)
+    model = p.VideoViT((4, 16, 16), (2, 4, 4), width=24, depth=2, heads=3)
+    return model, torch.randn(4, 3, 4, 16, 16)
+
+
+def test_videomae_decodes_half_and_counts_what_is_hidden() -> None:
+    model, x = clips()
+    objective = p.VideoMAEv2(mask=0.75, width=12, depth=1)
+    torch.manual_seed(0)
+    parts = objective.parts(model)
+    hidden, asked = objective.draw(model.patch_embed, 4)
+    assert (hidden.sum(1) == 24).all() and (asked.sum(1) == 16).all()
+    assert torch.equal(hidden[:, :16], hidden[:, 16:]) and not torch.equal(asked[:, :16], asked[:, 16:])
+    with torch.no_grad():
+        assert objective.predict(model, parts, x, hidden, asked).shape == (4, 16, 96)
+        value = objective.loss(model, parts, x, hidden, asked)
+        counted = (hidden & asked).view(4, 2, 4, 4).repeat_interleave(2, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        shown = ~hidden.view(4, 2, 4, 4).repeat_interleave(2, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        other = torch.where((counted | shown)[:, None], x, 9.0)
+        torch.testing.assert_close(objective.loss(model, parts, other, hidden, asked), value)
+    taught = vt.pretrain(model, (x, None), objective, epochs=1, batch=4, augment=None)
+    assert taught(x).shape == (4, 24)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: (small(), p.VideoMAEv2()), "VideoViT"),
+        (lambda: (clips()[0], p.VideoMAEv2(mask=0.01)), "hide some"),
+        (lambda: (p.VideoViT((4, 15, 16), (2, 4, 4)), None), "cannot be cut"),
+        (lambda: (small(), p.SSAST(mask=0.001)), "hide some"),
+        (lambda: (small(class_token=False, global_pool="avg"), p.SemAIM()), "class token"),
+        (lambda: (small(), p.SemAIM(order="spiral")), "no order"),
+        (lambda: (small(), p.GMML(after=(3,))), "no block 3"),
+    ],
+)
+def test_more_refusals(make, match: str) -> None:
+    with pytest.raises(vt.VitreousError, match=match):
+        model, objective = make()
+        vt.pretrain(model, (pictures(16)[0], None), objective, epochs=1, **QUICK)

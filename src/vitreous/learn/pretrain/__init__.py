@@ -2,7 +2,24 @@
 
 from . import masks, patches
 from .encode import load_reference
+from .eva import EVA
+from .gmml import GMML
 from .mae import MAE
+from .semaim import SemAIM
 from .simmim import SimMIM
+from .ssast import SSAST
+from .video import VideoMAEv2, VideoViT
 
-__all__ = ["MAE", "SimMIM", "load_reference", "masks", "patches"]
+__all__ = [
+    "EVA",
+    "GMML",
+    "MAE",
+    "SSAST",
+    "SemAIM",
+    "SimMIM",
+    "VideoMAEv2",
+    "VideoViT",
+    "load_reference",
+    "masks",
+    "patches",
+]

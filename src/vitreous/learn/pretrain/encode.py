@@ -116,7 +116,8 @@ def load_reference(model: nn.Module, objective: Objective, state: Mapping[str, T
     whole = nn.ModuleDict({"model": model, "parts": parts})
     have = whole.state_dict()
     found = {k if k.startswith("parts.") else f"model.{k}": v for k, v in renamed(state, *objective.official).items()}
-    found = {k: v for k, v in found.items() if not k.endswith("relative_position_index")}  # which timm computes
+    computed = (".relative_position_index", "model.")  # by timm; and what the objective has no use for
+    found = {k: v for k, v in found.items() if not k.endswith(computed)}
     wrong = [k for k in have.keys() | found.keys() if k not in have or k not in found or found[k].shape != have[k].shape]
     if wrong:
         raise VitreousError(
