@@ -28,6 +28,7 @@ from .slim import slim
 from .steps import steps
 from .studio import studio
 from .systems import systems
+from .thin import thin
 from .train import train
 
 # typer carries its own copy of click, whose usage errors only this reaches
@@ -57,6 +58,7 @@ for command in (
     pretrain,
     probe,
     label,
+    thin,
     merge,
     anatomy,
     steps,

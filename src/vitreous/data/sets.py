@@ -91,6 +91,11 @@ class Data:
     def __repr__(self) -> str:
         return f"Data({self.name!r}, {len(self)} images, {len(self.classes)} classes, {len(self.skipped)} skipped)"
 
+    @property
+    def files(self) -> list[Path] | None:
+        """The file of each picture; None where they come from elsewhere."""
+        return self._read.paths if isinstance(self._read, Files) else None
+
     def picture(self, i: int) -> Image.Image:
         """Picture `i` for people: resized and cropped as the model sees it, so that heatmaps lie on it, 8-bit RGB or L."""
         return self._prepare.view(self._whole(i))

@@ -9,7 +9,7 @@ from ..data import Data
 from ..outputs import answer, embeds
 from ..score import two
 from .batches import Pair, in_turn
-from .objective import Batch, Seen, several
+from .objective import Batch, Seen, look, several
 from .retrieval import retrieval
 
 
@@ -69,3 +69,12 @@ def accuracy_on(model: nn.Module, data: Data | Pair, size: int = 64) -> float | 
         once = found.ndim != 2 or labels.ndim != 1 or len(labels.unique()) == len(labels)
         return None if once else retrieval(found, labels, (1,))["recall@1"]
     return right / n
+
+
+def features(model: nn.Module, data: Data | Pair, size: int = 64) -> Tensor:
+    """`[N, D]`, float32: what the classifier of `model` reads of each image of `data`, or the answer where there is none."""
+    device, training = next(model.parameters()).device, model.training
+    with torch.inference_mode():
+        found = [look(model.eval(), x.to(device), ("pooled",)).pooled for x, _ in in_turn(data, size)]
+    model.train(training)
+    return torch.cat([f.float().cpu().flatten(1) for f in found if f is not None]).clone()
