@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import openvino
 import pytest
 import timm
 import torch
@@ -29,6 +28,7 @@ from vitreous.see.ablation import hot_blocks, why_one_by_one, without_each_head
 from vitreous.see.head_importance import PRECISIONS, kendall
 from vitreous.see.stream import Means, interval
 from vitreous.see.tail import lay_out
+from vitreous.ship.openvino_graph import core
 from vitreous.steps import slim
 from vitreous.tokens import EViT
 
@@ -124,7 +124,7 @@ def test_bf16_only_where_asked_and_close(images: Tensor, monkeypatch: pytest.Mon
     off = {p: abs(see.head_importance(model, images, metrics=["output"], precision=p).values - exact).max() for p in PRECISIONS}
     assert off["f32"] < 1e-6
     assert off["bf16"] < 0.05 * exact.max()
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         assert off["bf16"] > 1e-6
 
 

@@ -7,6 +7,8 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -476,3 +478,26 @@ def test_the_weights_of_another_model_are_noticed(vit: VisionTransformer, shippe
     text = (tmp_path / "vit.xml").read_text()
     (tmp_path / "vit.xml").write_text(re.sub('<weights_sha256 value="[0-9a-f]{64}" ?/>', "", text))  # as others write it
     assert Runtime(tmp_path / "vit.xml").kind == "OpenVINO fp32"
+
+
+SIGNALLED = """
+import gc, signal, sys
+import openvino
+from openvino import opset13 as ops
+from vitreous.ship import Runtime
+
+x = ops.parameter([1, 4], openvino.Type.f32)
+openvino.save_model(openvino.Model([ops.relu(x)], [x]), sys.argv[1])
+first, second = Runtime(sys.argv[1]), Runtime(sys.argv[1])
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGINT, lambda *_: print("told"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_runtimes_that_end_in_any_order_leave_signals_alone(tmp_path):
+    run = subprocess.run([sys.executable, "-c", SIGNALLED, str(tmp_path / "m.xml")], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "told\n"), run.stderr[-2000:]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..ship.export import to_onnx, trace
+from ..ship.openvino_graph import core
 
 HOT = 1.5e11
 """Multiply-accumulates after which a block is translated: some seconds of torch, about what translating takes."""
@@ -36,8 +37,6 @@ class Hot:
 
 
 def translated(block: nn.Module, stream: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
-    import openvino
-
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -45,8 +44,7 @@ def translated(block: nn.Module, stream: Tensor, precision: str) -> Callable[[Te
     }
     try:
         graph = to_onnx(trace(block, stream[:2].clone(), dynamic=True)).SerializeToString()
-        core = openvino.Core()
-        run = core.compile_model(core.read_model(graph), "CPU", settings)
+        run = core().compile_model(core().read_model(graph), "CPU", settings)
     except (VitreousError, RuntimeError):  # OpenVINO's own errors are RuntimeErrors
         return block
     return lambda x: torch.from_numpy(run(x.contiguous().numpy(), share_inputs=True, share_outputs=True)[0])

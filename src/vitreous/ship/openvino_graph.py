@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import re
+import threading
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .packed import reader
+
 if TYPE_CHECKING:
     import openvino
 
+_MAKING = threading.Lock()
 HEADS_BACK = [0, 2, 1, 3]  # `[B, heads, N, d]` to `[B, N, heads, d]`
+
+
+@cache
+def _core() -> openvino.Core:
+    import openvino
+
+    made = openvino.Core()
+    made.add_extension(reader())
+    return made
+
+
+def core() -> openvino.Core:
+    """The one core of this process, which lives as long as the process does.
+
+    The plugin for processors gives the thread that loads it an alternate stack for signals, and with the last of a core's
+    models takes it away. Of two cores that end in the order in which they began, the second puts back the stack of the first,
+    which is gone: the next signal, a Ctrl-C or the end of a process that loads pictures, is a segmentation fault.
+    """
+    with _MAKING:
+        return _core()
 
 
 def prepare(graph: openvino.Model) -> None:

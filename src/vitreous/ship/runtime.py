@@ -18,7 +18,7 @@ from ..errors import VitreousError
 from ..files import check, digest
 from ..processor import saturates
 from .card import FIELDS
-from .packed import reader
+from .openvino_graph import core
 from .sizes import BySize, Run, requests
 
 PRECISIONS = ("f32", "bf16", "f16", "default")
@@ -132,19 +132,14 @@ class Runtime:
 
     def _graph(self) -> Any:
         """The file as OpenVINO's graph, which reads ONNX too."""
-        import openvino
-
-        core = openvino.Core()
-        core.add_extension(reader())
-        return core.read_model(self.path)
+        return core().read_model(self.path)
 
     def _load_openvino(self, precision: str | None, batch: int | None) -> Run:
         import openvino
 
-        core = openvino.Core()
         if not self.path.read_bytes()[:64].lstrip().startswith(b"<"):
             raise VitreousError(f"{self.path} is not an OpenVINO model: it is not XML")  # or every front end tries it
-        graph = core.read_model(self.path)
+        graph = core().read_model(self.path)
         weights, told = self.path.with_suffix(".bin"), _told(graph, "vitreous", "weights_sha256")
         if told and told != digest(weights):
             raise VitreousError(f"{weights} is not the one that {self.path.name} was written with: ship the model again")
@@ -155,7 +150,7 @@ class Runtime:
         if precision != "default":
             hint = "INFERENCE_PRECISION_HINT"
             settings[hint] = precision or _told(graph, "runtime_options", hint) or "f32"
-        compiled = core.compile_model(graph, "CPU", settings)
+        compiled = core().compile_model(graph, "CPU", settings)
         self.engine = "OpenVINO"
         self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         said = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -174,9 +169,9 @@ class Runtime:
             return requests(compiled)
 
         def fixed(size: int) -> Run:
-            graph = core.read_model(self.path)
+            graph = core().read_model(self.path)
             graph.reshape([size, *self.shape[1:]])
-            return requests(core.compile_model(graph, "CPU", settings))
+            return requests(core().compile_model(graph, "CPU", settings))
 
         return BySize(requests(compiled), fixed, INT8_TOLERANCE if self.integer_ops else FLOAT_TOLERANCE)
 

@@ -22,8 +22,8 @@ from ..files import digest, folder_aside, forget, replaceable
 from .card import card, preprocess, texts
 from .export import is_quantized, quiet, to_onnx, trace
 from .named import Named, plain
-from .openvino_graph import number, prepare
-from .packed import pack, reader
+from .openvino_graph import core, number, prepare
+from .packed import pack
 from .parity import IMAGES, RESHAPED, Parity, Run, Yardstick, worst
 from .pictures import WithPreprocessing
 from .runtime import FLOAT_TOLERANCE, INT8_TOLERANCE, Runtime, files
@@ -270,9 +270,7 @@ def _write_openvino(model: ModelProto, path: Path) -> None:
     import openvino
 
     try:
-        core = openvino.Core()
-        core.add_extension(reader())
-        graph = core.read_model(model.SerializeToString())
+        graph = core().read_model(model.SerializeToString())
         prepare(graph)
         # Where there is VNNI it would round the activations that meet packed weights to 8 bits.
         graph.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
