@@ -26,6 +26,7 @@ from .see import see
 from .ship import ship
 from .slim import slim
 from .steps import steps
+from .stitch import stitch
 from .studio import studio
 from .systems import systems
 from .thin import thin
@@ -47,6 +48,7 @@ for command in (
     slim,
     search,
     design,
+    stitch,
     ship,
     run,
     prove,

@@ -33,6 +33,7 @@ from .schedule import keep_rate, set_keep
 from .semantic_proxies import SemanticProxies
 from .sharpness import largest_eigenvalue, neighbourhood_loss
 from .slimfit import SlimFit
+from .sn_net import Stitched
 from .soups import GreedySoup, LearnedSoup, UniformSoup
 from .sparsifiner import connectivity_loss, predictor_parameters, sparsifiner_distillation
 from .zeros import KeepZeros
@@ -83,6 +84,7 @@ __all__ = [
     "SlimFit",
     "SparsifinerDistillation",
     "SpecificDistillation",
+    "Stitched",
     "Students",
     "TokenReductionConsistency",
     "UniformSoup",
