@@ -25,6 +25,7 @@ from .search import search
 from .see import see
 from .ship import ship
 from .slim import slim
+from .split import split
 from .steps import steps
 from .stitch import stitch
 from .studio import studio
@@ -61,6 +62,7 @@ for command in (
     probe,
     label,
     thin,
+    split,
     merge,
     anatomy,
     steps,

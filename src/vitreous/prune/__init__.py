@@ -1,5 +1,6 @@
 """Steps that remove weights, heads or blocks."""
 
+from .divergence import Divergence
 from .heads import Heads
 from .lpvit import LPViT
 from .monarch import Monarch
@@ -7,4 +8,15 @@ from .nvit import NViT
 from .sparse_then_prune import SparseThenPrune
 from .two_four import TwoFour, on_tensor_cores, read_packed, write_packed
 
-__all__ = ["Heads", "LPViT", "Monarch", "NViT", "SparseThenPrune", "TwoFour", "on_tensor_cores", "read_packed", "write_packed"]
+__all__ = [
+    "Divergence",
+    "Heads",
+    "LPViT",
+    "Monarch",
+    "NViT",
+    "SparseThenPrune",
+    "TwoFour",
+    "on_tensor_cores",
+    "read_packed",
+    "write_packed",
+]

@@ -9,7 +9,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..blocks import merged, plain_blocks
 from ..errors import VitreousError
+
+PARTS = {"qk": ("q", "k"), "v": ("v",)}
+
+
+def cut_by(model: nn.Module, plan: dict[str, Any], step: str) -> None:
+    """Keep in `model`, in place, what `plan` names: "heads", dimensions of "qk" and "v", units of "mlp", by block; residual
+    channels "embedding", with what lies "around" the blocks."""
+    blocks = plain_blocks(merged(model), step)
+    for i, block in enumerate(blocks):
+        kept = {kind: plan[kind][str(i)] for kind in ("heads", *PARTS, "mlp") if str(i) in (plan.get(kind) or {})}
+        if kept.keys() & PARTS.keys():
+            separate(block.attn)
+        if "heads" in kept:
+            cut_heads(block.attn, kept["heads"], step, block.name)
+        for kind, parts in PARTS.items():
+            if kind in kept:
+                cut_dims(block.attn, parts, kept[kind], step, block.name)
+        if "mlp" in kept:
+            cut_units(cast(nn.Module, block.mlp), kept["mlp"], step, block.name)
+    if plan.get("embedding"):
+        try:
+            cut_width(model, blocks, plan["embedding"], plan["around"])
+        except (AttributeError, IndexError) as error:
+            raise VitreousError(f"{step}: the plan is of another model: {error}") from error
 
 
 def keep(module: nn.Module, index: Tensor, axis: int) -> None:

@@ -16,12 +16,10 @@ from ..errors import VitreousError
 from ..outputs import answer, embeds
 from ..steps import Step, step
 from ..work import tick
-from .cut import cut_dims, cut_heads, cut_units, cut_width, separate
+from .cut import cut_by, separate
 from .heads import BATCH, cross_entropy, random_component
 from .saliency import GROUPS, Latency, adjusted, after_removal, criterion
 from .units import KINDS, Structure, around, parts_of, structures
-
-PARTS = {"qk": ("q", "k"), "v": ("v",)}
 
 
 @step("prune")
@@ -143,23 +141,7 @@ class NViT(Step):
         return alive
 
     def build(self, model: nn.Module, plan: dict[str, Any]) -> None:
-        blocks = plain_blocks(merged(model), self.name)
-        for i, block in enumerate(blocks):
-            kept = {kind: plan[kind][str(i)] for kind in KINDS[1:] if str(i) in (plan.get(kind) or {})}
-            if kept.keys() & PARTS.keys():
-                separate(block.attn)
-            if "heads" in kept:
-                cut_heads(block.attn, kept["heads"], self.name, block.name)
-            for kind, parts in PARTS.items():
-                if kind in kept:
-                    cut_dims(block.attn, parts, kept[kind], self.name, block.name)
-            if "mlp" in kept:
-                cut_units(cast(nn.Module, block.mlp), kept["mlp"], self.name, block.name)
-        if plan.get("embedding"):
-            try:
-                cut_width(model, blocks, plan["embedding"], plan["around"])
-            except (AttributeError, IndexError) as error:
-                raise VitreousError(f"{self.name}: the plan is of another model: {error}") from error
+        cut_by(model, plan, self.name)
 
 
 SAID = {
