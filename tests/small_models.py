@@ -142,6 +142,22 @@ SMALL: dict[str, Small] = {
         other_side=None,
         resized=dict(img_size=48),
     ),
+    "res-vmamba": Small("res_vmamba_vssm_tiny", dict(embed_dim=16, depths=(1, 1, 1, 1), expand=1.0, states=2), attention=False),
+    "tic": Small("tic_tiny", dict(embed_dims=(16, 16, 16, 24), depths=(2, 0, 0, 0), num_heads=(1, 2, 2, 2))),
+    "duoformer": Small(
+        "duoformer_resnet50_3scales",
+        dict(img_size=64, backbone="test_resnet", embed_dim=32, depth=1, num_heads=2),
+        other_side=None,
+        resized=dict(img_size=96),
+        unused=("fc_norm",),  # the released head reads the class token ahead of it
+    ),
+    "duoformer channel": Small(
+        "duoformer_resnet50_3scales_channel",
+        dict(img_size=64, backbone="test_resnet", embed_dim=32, depth=1, num_heads=2, scales=2),
+        other_side=None,
+        resized=dict(img_size=96),
+        unused=("fc_norm",),
+    ),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",

@@ -81,11 +81,12 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     """y_t = C_tᵀ h_t + D x_t with h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t x_t; x, delta and y `[B, L, D]`, B and C `[B, L, N]`.
 
     Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), algorithm 2, discretised as its code
-    does: A by exponentiation, B by Δ. A `[D, N]` is negative, delta positive, D `[D]`.
+    does: A by exponentiation, B by Δ. A `[D, N]` is negative, delta positive, D `[D]`. Several scans at once have a dimension
+    ahead of L, and A and D theirs: `[K, 1, D, N]` and `[K, 1, D]`.
 
-    On CUDA the kernel of `mamba_ssm` is used where it is installed.
+    On CUDA the kernel of `mamba_ssm` is used for one scan where it is installed.
     """
-    if MAMBA and x.is_cuda:
+    if MAMBA and x.is_cuda and x.ndim == 3:
         kernel: Any = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
         return kernel(x.mT, delta.mT, A.float(), B.mT, C.mT, D.float()).mT
     kind = x.dtype

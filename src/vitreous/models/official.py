@@ -68,7 +68,9 @@ def publish(
     official(variant, build, convert)
 
 
-def renamed(state: Mapping[str, Tensor], *rules: tuple[str, str]) -> dict[str, Tensor]:
+def renamed(
+    state: Mapping[str, Tensor], *rules: tuple[str, str] | tuple[str, Callable[[re.Match[str]], str]]
+) -> dict[str, Tensor]:
     """The tensors under new names: each rule is a regular expression and what `re.sub` puts in its place, in this order."""
     for pattern, to in rules:
         state = {re.sub(pattern, to, name): tensor for name, tensor in state.items()}
