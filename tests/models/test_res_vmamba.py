@@ -41,7 +41,7 @@ def test_a_checkpoint_without_residuals_is_vmamba() -> None:
     assert all(not stage.fuse.weight.any() for stage in model.stages[1:])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_what_entered_a_stage_reaches_the_next_beside_its_blocks(stage: int) -> None:
     model, x = cast(Any, SMALL["res-vmamba"].make()), SMALL["res-vmamba"].images(1)
     entered: list[Any] = []

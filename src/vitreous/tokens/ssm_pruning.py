@@ -134,7 +134,8 @@ class SSMPruning(Step):
     places drawn with `seed`, which a choice must beat. The mean of all tokens that Adventurer puts ahead is that of those left;
     the short convolutions see the tokens that are left as neighbours.
 
-    Fine-tune behind it: without, a random choice can be better (docs/tokens.md). Deployable: exports with a fixed number of tokens. `keep=1` is the identity.
+    Fine-tune behind it: without, a random choice can be better (docs/tokens.md). Deployable: exports with a fixed number of
+    tokens. `keep=1` is the identity.
     """
 
     keep: float = 0.8
