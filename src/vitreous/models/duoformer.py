@@ -109,7 +109,9 @@ class DuoFormer(Classifier):
         else:
             self.channel_token = nn.Parameter(0.036 * torch.randn(1, 1, 1, embed_dim))
         self.scale_pos_embed = nn.Parameter(torch.empty(1, 1, 1 + sum(4**i for i in range(scales)), embed_dim))
-        self.scale_blocks = nn.Sequential(*(Block(embed_dim, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.scale_blocks = nn.Sequential(
+            *(Block(embed_dim, num_heads, qkv_bias=True, norm_layer=cast(Any, norm)) for _ in range(depth))
+        )
         self.cls_token = nn.Parameter(0.036 * torch.randn(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2 + 1, embed_dim))
         self.blocks = nn.Sequential(*(Attention(embed_dim, num_heads, qkv_bias=True) for _ in range(depth)))

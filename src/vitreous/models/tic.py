@@ -47,7 +47,7 @@ class LocalAttention(nn.Module):
         q, k, v = (t.unflatten(1, (self.num_heads, -1)) for t in (scale * q, moved(k, self.shift), moved(v, self.shift)))
         scores = torch.stack([(q * near).sum(2) for near in self.around(k)], -1)  # [B, heads, H, W, kernel²]
         weights = self.drop(scores.flatten(2, 3).softmax(-1)).unflatten(2, size).unsqueeze(2).unbind(-1)
-        parts = [weight * near for weight, near in zip(weights, self.around(v), strict=True)]
+        parts: list[Tensor] = [weight * near for weight, near in zip(weights, self.around(v), strict=True)]
         return sum(parts[1:], parts[0]).flatten(1, 2)
 
 
