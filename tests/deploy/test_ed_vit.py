@@ -82,7 +82,7 @@ def test_assigned() -> None:
 def test_split_fits_the_devices_and_runs_apart(data: Data, tmp_path: Path) -> None:
     net = tiny()
     small = size_of(net) // 3
-    whole, device = ed_vit(net, data, 2, memory=[small, small], keep=0.9, epochs=0, fusion_epochs=20)
+    whole, device = ed_vit(net, data, 2, memory=[small, small], keep=0.9, epochs=0, fusion_epochs=60)
     assert device in ([0, 1], [1, 0]) and all(size_of(p) <= small for p in whole.parts)
     assert whole.classes == [[0, 1, 2, 3], [4, 5, 6]]
     x = data.tensor(range(6))
