@@ -2,10 +2,13 @@
 
     python benchmarks/studio.py pictures [MODEL --checkpoint W.safetensors --data FOLDER]   # by default the bundled model
     python benchmarks/studio.py speed                                                       # ViT-S/16 at 224, random weights
+    python benchmarks/studio.py load                                                        # the same, with twenty visitors
 
 Needs `pip install -e ".[studio]" playwright` and a Chromium on the machine. `pictures` writes docs/studio-<view>.png, and
 docs/studio-small.png: the image view on a telephone, in the dark. `speed` prints how long it takes from the choice of a file to
-all heads on the screen, and from a click to the new overlay, as the page itself sees it.
+all heads on the screen, and from a click to the new overlay, as the page itself sees it. `load` sends two hundred photographs of
+12 megapixels at once, ten from each of twenty pages, looks on every page whose it shows, and prints what memory that took; then
+nineteen pages ask for integrated gradients, and the twentieth clicks.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,9 +142,70 @@ def speed(a: argparse.Namespace) -> None:
         print(f"{what}: {statistics.median(taken):.0f}, {max(taken):.0f}")
 
 
+def memory(field: str) -> float:
+    """`VmRSS` or `VmHWM` of the process that listens at `PORT`, in MB (Linux)."""
+    told = subprocess.run(["pgrep", "-f", f"vitreous studio .*--port {PORT}"], capture_output=True, text=True).stdout.split()
+    lines = Path(f"/proc/{told[0]}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def send(address: str, name: str, content: bytes) -> int:
+    edge = "edge-of-a-part"
+    head = f'--{edge}\r\nContent-Disposition: form-data; name="file"; filename="{name}"\r\nContent-Type: image/jpeg\r\n\r\n'
+    body = head.encode() + content + f"\r\n--{edge}--\r\n".encode()
+    asked = urllib.request.Request(address, body, {"Content-Type": f"multipart/form-data; boundary={edge}"})
+    with urllib.request.urlopen(asked, timeout=WAIT / 1000) as answer:
+        return answer.status
+
+
+def load(a: argparse.Namespace) -> None:
+    held = io.BytesIO()
+    Image.effect_noise((4000, 3000), 80).convert("RGB").save(held, "JPEG", quality=60)
+    people, each = 20, 10
+    with studio("vit_small_patch16_224") as browser:
+        pages, addresses = [visit(browser, "?methods=rollout") for _ in range(people)], []
+        for i, page in enumerate(pages):
+            page.get_by_text("attends most to").wait_for()
+            with page.expect_request(lambda asked: asked.method == "POST" and "upload" in asked.url) as first:
+                page.locator("input[type=file]").set_input_files(
+                    {"name": f"of {i:02} first.jpg", "mimeType": "image/jpeg", "buffer": held.getvalue()}
+                )
+            addresses.append(first.value.url)
+            page.get_by_role("button", name=f"of {i:02} first.jpg").wait_for()
+        before = memory("VmRSS")
+        sent = [(address, f"of {i:02} number {j}.jpg") for j in range(each) for i, address in enumerate(addresses)]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(sent)) as pool:
+            statuses = list(pool.map(lambda one: send(*one, held.getvalue()), sent))
+        took, after, most = time.perf_counter() - start, memory("VmRSS"), memory("VmHWM")
+        shown = others = 0
+        for i, page in enumerate(pages):
+            page.get_by_role("button", name=f"of {i:02} number").nth(each - 1).wait_for()
+            names = [b.get_attribute("aria-label") or "" for b in page.get_by_role("button", name="of ").all()]
+            shown += sum(name.startswith(f"of {i:02} number") for name in names)
+            others += sum(name.startswith("of ") and not name.startswith(f"of {i:02}") for name in names)
+        slow, clicks = [visit(browser, "?methods=integrated_gradients") for _ in range(people - 1)], []
+        for page in slow:
+            page.get_by_text("attends most to").wait_for()
+        for k in range(a.times):
+            clicks.append(pages[0].evaluate(CLICK, [0.1 + 0.8 * k / a.times, 0.3]))
+            pages[0].wait_for_timeout(300)
+        waiting = sum(page.locator(".q-spinner, .q-skeleton").count() > 0 for page in slow)
+    machine = describe()
+    size = len(held.getvalue()) / 1e6
+    print(f"{machine.get('cpu', '')}, {time.strftime('%Y-%m-%d')}")
+    print(
+        f"{len(sent)} photographs of {size:.1f} MB at once: {statuses.count(200)} taken in {took:.0f} s, {shown} shown on the page that"
+    )
+    print(f"sent them, {others} on another's; memory {before:.0f} MB before, {most:.0f} at most, {after:.0f} after")
+    print(
+        f"{a.times} clicks while {waiting} of {len(slow)} pages waited: {statistics.median(clicks):.0f} and {max(clicks):.0f} ms"
+    )
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("pictures", "speed"))
+    p.add_argument("what", choices=("pictures", "speed", "load"))
     p.add_argument("model", nargs="?")
     p.add_argument("--checkpoint")
     p.add_argument("--data", default="sample")
@@ -148,7 +214,7 @@ def main() -> None:
     p.add_argument("--images", type=int, default=128, help="pictures to study heads on")
     p.add_argument("--times", type=int, default=11, help="uploads and clicks; the first does not count")
     a = p.parse_args()
-    {"pictures": pictures, "speed": speed}[a.what](a)
+    {"pictures": pictures, "speed": speed, "load": load}[a.what](a)
 
 
 if __name__ == "__main__":
