@@ -194,13 +194,11 @@ def load(a: argparse.Namespace) -> None:
     machine = describe()
     size = len(held.getvalue()) / 1e6
     print(f"{machine.get('cpu', '')}, {time.strftime('%Y-%m-%d')}")
-    print(
-        f"{len(sent)} photographs of {size:.1f} MB at once: {statuses.count(200)} taken in {took:.0f} s, {shown} shown on the page that"
-    )
-    print(f"sent them, {others} on another's; memory {before:.0f} MB before, {most:.0f} at most, {after:.0f} after")
-    print(
-        f"{a.times} clicks while {waiting} of {len(slow)} pages waited: {statistics.median(clicks):.0f} and {max(clicks):.0f} ms"
-    )
+    print(f"{len(sent)} photographs of {size:.1f} MB at once: {statuses.count(200)} taken in {took:.0f} s,")
+    print(f"{shown} shown on the page that sent them, {others} on another's;")
+    print(f"memory {before:.0f} MB before, {most:.0f} at most, {after:.0f} after")
+    print(f"{a.times} clicks while {waiting} of {len(slow)} pages waited: median {statistics.median(clicks):.0f} ms,")
+    print(f"largest {max(clicks):.0f} ms")
 
 
 def main() -> None:
