@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,106 @@ def test_videomae_v2() -> None:
     near(objective.target(model, x)[~skipped][None], g["target"])
     near(objective.loss(model, parts, x, hidden, ~skipped), g["loss"], 1e-5)
     near(objective.loss(model, parts, x, hidden, hidden), g["loss_without_decoder_mask"], 1e-5)
+
+
+def test_selfpatch_loss() -> None:
+    info, g = golden("selfpatch--loss")
+    objective = p.SelfPatch(local=2)
+    centres = [torch.zeros(1, 1, 40).double(), torch.zeros(1, 24).double()]
+
+    def views(who: str) -> list[list[torch.Tensor]]:
+        made = [(g[f"{who}_{size}_cls"].chunk(2), g[f"{who}_{size}_patch"].chunk(2)) for size in ("global", "local")]
+        return [[c, q] for cs, qs in made for c, q in zip(cs, qs, strict=True)]
+
+    for row, epoch in enumerate((0, 1, 5)):
+        leaves = [g[n].clone().requires_grad_() for n in ("student_global_cls", "student_local_patch")]
+        student, teacher = views("student"), views("teacher")
+        for i in (0, 1):
+            student[i][0], student[2 + i][1] = leaves[0].chunk(2)[i], leaves[1].chunk(2)[i]
+        cls, patch = objective.loss(student, teacher, centres, p.dino.warm(0.04, 0.07, epoch, 3))
+        total = cls + info["kwargs"]["patch_weight"] * patch
+        total.backward()
+        near(torch.stack([total, cls, patch]).detach(), g["losses"][row], 1e-9)
+        for leaf, name in zip(leaves, ("student_global_cls", "student_local_patch"), strict=True):
+            near(leaf.grad.flatten(), g[f"grad_{name}_{epoch}"].flatten(), 1e-9)
+        p.selfpatch.recentred(*centres, teacher)
+        near(centres[0].flatten(), g[f"center_{epoch}"].flatten(), 1e-9)
+        near(centres[1].flatten(), g[f"patch_center_{epoch}"].flatten(), 1e-9)
+
+
+@torch.no_grad()
+def test_selfpatch() -> None:
+    info, g = golden("selfpatch--tiny_k4")
+    size = dict(embed_dim=192, num_heads=3, num_classes=0, class_token=False, global_pool="", final_norm=False)
+    model = timm.models.vision_transformer.VisionTransformer(**size).eval()
+    objective = p.SelfPatch(prototypes=512, patch_prototypes=256, local=2)
+    ones = {k: torch.ones(s) for k, s, kind in info["state"] if kind == "fixed"}
+    centres = {"parts.center": torch.zeros(1, 1, 512), "parts.patch_center": torch.zeros(1, 256)}
+    parts = p.load_reference(model, objective, official_state(info) | ones | centres).eval()
+    x, y = noise(0, info["x_shape"]), noise(1, info["y_shape"])
+    tokens = p.encode.patch_tokens(parts["backbone"], x, norm=False)
+    near(tokens, g["tokens"])
+    near(parts["teacher"].ca_head(tokens, (14, 14)), g["head_teacher"])
+    near(parts["student"].ca_head(p.encode.patch_tokens(model, x, norm=False)), g["head_student"])
+    views = [*x.chunk(2), *y.chunk(2)]
+    student = [objective.outputs(model, parts["student"], v, None, False) for v in views]
+    teacher = [objective.outputs(parts["backbone"], parts["teacher"], v, (v.shape[2] // 16,) * 2, False) for v in views]
+    near(torch.cat([s[1] for s in student[:2]]), g["out"])
+    cls, patches = objective.loss(student, teacher, (parts.center, parts.patch_center), 0.04)
+    near(cls, g["loss_cls"], 1e-5)
+    near(patches, g["loss_patch"], 1e-5)
+
+
+def test_poa_networks() -> None:
+    _, g = golden("poa--networks")
+    assert p.elastic.networks(range(384, 1025, 64), range(12, 25)) == [tuple(n) for n in g["networks_a"].tolist()]
+    assert p.elastic.networks(range(192, 449, 64), range(6, 13, 2), 2) == [tuple(n) for n in g["networks_b"].tolist()]
+    for depth in range(12, 25):
+        assert p.elastic.kept_blocks(depth, 24) == g[f"block_idx_{depth}"].tolist()
+
+
+def test_poa_loss() -> None:
+    info, g = golden("poa--loss")
+    masks, k = g["masks"], info["kwargs"]
+    weights = (1 / masks.sum(1).clamp_min(1)).double()[:, None].expand_as(masks)[masks] / len(masks)
+    total = 0.0
+    for i in (0, 1):
+        assert torch.allclose(p.dino.sinkhorn(g[f"t_cls_{i}"], k["teacher_temp"]).view(2, 4, -1), g[f"q_cls_{i}"], atol=1e-12)
+        assert torch.allclose(p.dino.sinkhorn(g[f"t_pat_{i}"], k["teacher_temp"]), g[f"q_pat_{i}"], atol=1e-12)
+        told = [
+            p.poa.Told(g[f"{n}_loc_{i}"].unflatten(0, (3, 4)), g[f"{n}_glo_{i}"].unflatten(0, (2, 4)), g[f"{n}_pat_{i}"])
+            for n in ("intact", "elastic")
+        ]
+        found = p.poa.terms(told[0], told[1], g[f"q_cls_{i}"], g[f"q_pat_{i}"], weights, k["lambda_ie"])
+        for ours, theirs in (("local", "dino_local"), ("global", "dino_global"), ("patches", "ibot")):
+            near(found[ours], g[f"{theirs}_{i}"], 1e-7)
+        for where in ("local", "global"):
+            near(found[f"distil_{where}"] / (1 - k["lambda_ie"]), g[f"distill_{where}_{i}"], 1e-7)
+        total = total + sum(found.values()) / 2
+    crops = [c for n in ("intact", "elastic") for c in g[f"{n}_tok"].unflatten(0, (2, 4))]
+    spread = k["koleo_weight"] * torch.stack([p.dino.koleo(c) for c in crops]).sum() / 2
+    near(spread, g["koleo"], 1e-7)
+    near(total + spread, g["total"], 1e-7)
+
+
+@torch.no_grad()
+def test_poa() -> None:
+    info, g = golden("poa--vit_192-384_d6-12")
+    model = timm.create_model("vit_small_patch16_224", img_size=112, init_values=1e-5, num_classes=0).eval()
+    state = {re.sub(r"\.(?:linear|norm)\.(weight|bias)$", r".\1", k): v for k, v in official_state(info).items()}
+    token = state.pop("backbone.mask_token")
+    model.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")})
+    heads = []
+    for i, count in enumerate(info["kwargs"]["out_dims"]):
+        named = {k.replace(f"head.mlp{i}.", "mlp.").replace(f"head.last_layer{i}.", "last_layer."): v for k, v in state.items()}
+        heads.append(p.dino.DINOHead(384, count, 256, 64))
+        named |= {"last_layer.weight_g": torch.ones(count, 1)}
+        heads[i].load_state_dict({k: v for k, v in named.items() if k.startswith(("mlp.", "last_layer."))})
+    x, mask = noise(0, info["x_shape"]), g["in_mask"].bool()
+    for width, depth in info["kwargs"]["networks"]:
+        tokens = p.POA().tokens(model, x, None if width == 384 else (width, depth), mask, token)
+        near(tokens[:, 0], g[f"cls_{width}_{depth}"])
+        near(tokens[:, 1:], g[f"patch_{width}_{depth}"])
+        near(torch.cat([h(tokens[:, 0]) for h in heads], 1), g[f"head_{width}_{depth}"])
+        small = p.extract(model, width, depth)
+        near(small.forward_features(x), p.POA().tokens(model, x, (width, depth), None, token), 1e-5)

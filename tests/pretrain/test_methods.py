@@ -232,3 +232,69 @@ def test_more_refusals(make, match: str) -> None:
     with pytest.raises(vt.VitreousError, match=match):
         model, objective = make()
         vt.pretrain(model, (pictures(16)[0], None), objective, epochs=1, **QUICK)
+
+
+# ---- SelfPatch
+
+
+def test_the_target_of_a_patch_is_its_neighbours() -> None:
+    around = p.selfpatch.neighbours((3, 4))
+    assert sorted(around[5].tolist()) == [0, 1, 2, 4, 6, 8, 9, 10]
+    assert 11 in around[0].tolist() and not (around == torch.arange(12)[:, None]).any()  # beyond the border; never itself
+    torch.manual_seed(0)
+    gather, tokens = p.selfpatch.Aggregate(24, 3), torch.randn(2, 16, 24)
+    with torch.no_grad():
+        before = gather(tokens, (4, 4), k=8)
+        tokens[:, 5] = torch.randn(2, 24)
+        moved = ((gather(tokens, (4, 4), k=8) - before).abs().amax((0, 2)) > 1e-6)[1:]
+        assert not moved[5] and moved[[0, 1, 2, 4, 6, 8, 9, 10]].all() and moved.sum() == 8
+        assert not torch.allclose(gather(tokens, (4, 4), k=1), gather(tokens, (4, 4), k=8))
+
+
+def test_selfpatch_teaches_and_the_teacher_follows() -> None:
+    model, x = small(img_size=32), torch.randn(8, 3, 32, 32)
+    objective = p.SelfPatch(local=1, prototypes=32, patch_prototypes=16)
+    torch.manual_seed(0)
+    parts = objective.parts(model)
+    found = loss(objective, model, x, parts)
+    assert set(found) == {"class", "patches"} and parts.center.abs().max() == 0  # in eval mode nothing is kept
+    sum(found.values()).backward()
+    assert model.blocks[0].attn.qkv.weight.grad is not None and parts["student"].p_head.last_layer.weight_v.grad is None
+    assert all(v.grad is None for v in parts["backbone"].parameters())
+    before = parts["backbone"].pos_embed.clone()
+    torch.nn.init.ones_(model.pos_embed)
+    objective.after_step(Now(model, parts=parts))
+    torch.testing.assert_close(parts["backbone"].pos_embed, 0.996 * before + 0.004)
+
+
+# ---- POA
+
+
+def test_poa_teaches_its_parts() -> None:
+    model = small(img_size=32)
+    objective = p.POA(local=1, prototypes=(16, 32), ibot=0.0)
+    assert set(objective.sizes(model)) == {(16, 1), (16, 2), (24, 1)}
+    taught = vt.pretrain(model, (torch.randn(16, 3, 32, 32), None), objective, epochs=2, batch=8, augment=None)
+    part, x = p.extract(taught, 16, 1), torch.randn(2, 3, 32, 32)
+    assert part(x).shape == (2, 16) and part.blocks[0].attn.num_heads == 2
+    whole = p.extract(taught, 24, 2)
+    torch.testing.assert_close(whole(x), taught(x))
+    with pytest.raises(vt.VitreousError, match="widths up to 24 in steps of 8"):
+        p.extract(taught, 20, 1)
+
+
+def test_poa_gives_its_elastic_part_gradient() -> None:
+    """Channels inside of the part learn from it; those outside only from the intact student."""
+    model = small(img_size=32)
+    size, x = (8, 1), torch.randn(4, 3, 32, 32)
+    p.POA().tokens(model, x, size, None, torch.zeros(1, 24)).square().sum().backward()
+    gradient = model.blocks[0].mlp.fc1.weight.grad
+    assert gradient[:32, :8].abs().max() > 0 and gradient[32:].abs().max() == 0 and gradient[:, 8:].abs().max() == 0
+
+
+def test_an_extracted_size_is_an_ordinary_model(tmp_path) -> None:
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0)
+    model = vt.open("vit_tiny_patch16_224", **kwargs)
+    part = p.extract(model, 8, 1)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(vt.load(vt.save(part, tmp_path / "part.safetensors"))(x), part(x))
