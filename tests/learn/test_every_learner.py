@@ -31,7 +31,7 @@ SLIMMED = {
 WITHOUT_LOSS = ("AttentionSparsity", "EWA", "KeepRate", "KeepZeros", "SlimFit")
 FOR_PLAIN = (
     "AlignToTable", "AttentionSparsity",
-    "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "SlimFit",
+    "BinaryCrossEntropy", "CrossEntropy", "FeatureMatch", "KD", "NKD", "USKD", "EWA", "DeiTLT", "InstaTune", "SlimFit",
     *SLIMMED,
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ import typer
 from ..errors import VitreousError
 from .anatomy import anatomy
 from .design import design
+from .evolve import evolve
 from .faithful import faithful
 from .heads import heads
 from .label import label
@@ -49,6 +50,7 @@ for command in (
     slim,
     search,
     design,
+    evolve,
     stitch,
     ship,
     run,

@@ -16,6 +16,7 @@ from .frd import frd, reverse_modules
 from .g2sd import GenericDistillation, SpecificDistillation
 from .gpusq import GPUSQ, gpusq
 from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenReductionConsistency, heal
+from .instatune import InstaTune
 from .long_tail import DeiTLT, effective_weights, long_tailed
 from .merging import Kitchen, MergingRule, merge
 from .nkd import NKD, USKD
@@ -64,6 +65,7 @@ __all__ = [
     "FerKD",
     "GenericDistillation",
     "GreedySoup",
+    "InstaTune",
     "KeepRate",
     "KeepZeros",
     "Kitchen",

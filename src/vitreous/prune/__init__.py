@@ -6,6 +6,7 @@ from .lpvit import LPViT
 from .monarch import Monarch
 from .nvit import NViT
 from .sparse_then_prune import SparseThenPrune
+from .subnet import Subnet
 from .two_four import TwoFour, on_tensor_cores, read_packed, write_packed
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Monarch",
     "NViT",
     "SparseThenPrune",
+    "Subnet",
     "TwoFour",
     "on_tensor_cores",
     "read_packed",
