@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support import official_state
 
 from vitreous.learn import AdamW
@@ -331,3 +332,82 @@ def test_poa() -> None:
         near(torch.cat([h(tokens[:, 0]) for h in heads], 1), g[f"head_{width}_{depth}"])
         small = p.extract(model, width, depth)
         near(small.forward_features(x), p.POA().tokens(model, x, (width, depth), None, token), 1e-5)
+
+
+@torch.no_grad()
+def test_fsfm() -> None:
+    info, g = golden("fsfm--small")
+    model = timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0).eval()
+    objective = p.FSFM(normalise=False, positions=False)
+    tables = {"pos_embed": sine_cosine(384, (14, 14)), "decoder_pos_embed": sine_cosine(512, (14, 14))}
+    tables["rep_decoder_pos_embed"] = torch.zeros(1, 197, 384)
+    state = official_state(info) | {k: tables[k.split(".")[1]] for k, _, kind in info["state"] if kind == "fixed"}
+    parts = p.load_reference(model, objective, state).eval()
+    assert sum(v.numel() for m in (model, parts) for v in m.parameters()) == info["params"]
+    x, mask, region = noise(0, info["x_shape"]), g["in_mask"].bool(), g["in_region"].bool()
+    found = objective.losses(model, parts, x, mask, region)
+    near(found["pixels"], g["loss_rec_all"], 1e-5)
+    near(found["region"], g["loss_rec_region"], 1e-5)
+    near(found["identity"], g["loss_simsiam"], 1e-4)
+    tokens, place = objective.seen_by(model, x, mask)
+    near(parts["online"].pixels(tokens, place), g["out"])
+    near(F.normalize(parts["online"].predictor(parts["online"].projected(tokens, place)), dim=1), g["online"])
+
+
+@torch.no_grad()
+def test_unified_embedding() -> None:
+    info, g = golden("uni4eye--embed")
+    embed = p.uni4eye.UnifiedEmbed(16, 16, (1, 1), 48)
+    embed.load_state_dict(official_state(info))
+    near(embed(noise(0, info["x_shape"])), g["out"])
+    near(embed(noise(1, info["v_shape"])), g["out3"])
+
+
+def test_tov_vicreg_loss() -> None:
+    info, g = golden("tov-vicreg--loss")
+    parts, state = p.tov_vicreg.Parts(48, 32).double(), official_state(info)
+    parts.projector = torch.nn.Sequential(torch.nn.Linear(48, 32, bias=False)).double()
+    parts.load_state_dict(state)
+    found = p.TOVVICReg().losses(parts, *(g[k] for k in "xyzw"), g["labels"])
+    for ours, theirs in (
+        ("invariance", "invariance"),
+        ("variance", "variance"),
+        ("covariance", "covariance"),
+        ("order", "temporal"),
+    ):
+        near(found[ours].detach(), g[f"{theirs}_loss"], 1e-6)
+    total = sum(w * found[k] for k, w in (("invariance", 10), ("variance", 10), ("covariance", 10), ("order", 0.1)))
+    total.backward()
+    near(parts.projector[0].weight.grad.flatten(), g["grad_projector"].flatten(), 1e-6)
+    near(parts.temporal_order_predictor[0].weight.grad.flatten(), g["grad_order"].flatten(), 1e-6)
+
+
+@torch.no_grad()
+def test_tov_vicreg() -> None:
+    info, g = golden("tov-vicreg--vit_tiny_p8")
+    model = timm.create_model("vit_tiny_patch16_224", patch_size=8, num_classes=0).eval()
+    objective = p.TOVVICReg(frames="unused", hidden=256)
+    parts = p.load_reference(model, objective, official_state(info))
+    views = [torch.from_numpy(np.random.default_rng(i).random(info["x_shape"], np.float32)) for i in range(4)]
+    told = [objective.represent(model, v) for v in views]
+    near(told[0], g["repr"])
+    found = objective.losses(parts.train(), *told, g["in_labels"])
+    for ours, theirs in (
+        ("invariance", "invariance"),
+        ("variance", "variance"),
+        ("covariance", "covariance"),
+        ("order", "temporal"),
+    ):
+        near(found[ours], g[f"{theirs}_loss"], 1e-4)
+
+
+@torch.no_grad()
+def test_softcon() -> None:
+    info, g = golden("softcon--vits14_ms13")
+    rgb = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0, init_values=1e-5)
+    model = p.with_channels(rgb, 13).eval()
+    state = official_state(info)
+    model.load_state_dict({k: v for k, v in state.items() if k != "mask_token"})
+    tokens = model.forward_features(noise(0, info["x_shape"]))
+    near(tokens[:, 0], g["out"])
+    near(tokens[:, 1:], g["patch"])

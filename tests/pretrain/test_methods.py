@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from learning import pictures, vit
@@ -298,3 +301,140 @@ def test_an_extracted_size_is_an_ordinary_model(tmp_path) -> None:
     part = p.extract(model, 8, 1)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(vt.load(vt.save(part, tmp_path / "part.safetensors"))(x), part(x))
+
+
+# ---- FSFM
+
+
+def faces() -> torch.Tensor:
+    """Parsings of 32 × 32: skin on background, eyes and mouth in their places."""
+    face = torch.zeros(8, 32, 32, dtype=torch.uint8)
+    face[:, 4:28, 4:28] = 1
+    face[:, 8:12, 8:24], face[:, 20:24, 12:20], face[:, 0:4] = 4, 7, 10
+    return face
+
+
+def test_fsfm_hides_a_region_whole(tmp_path) -> None:
+    np.save(tmp_path / "faces.npy", faces().numpy())
+    model, x = small(img_size=32), torch.randn(8, 3, 32, 32)
+    objective = p.FSFM(parsings=str(tmp_path / "faces.npy"), width=16, depth=1)
+    groups = p.masks.facial_groups(faces()[0], 4)
+    random.seed(1)  # eyes
+    mask, region = objective.draw(model, torch.arange(8), 8)
+    assert (mask.sum(1) == 48).all() and torch.equal(region[0], groups[1]) and not (region & ~mask).any()
+    torch.manual_seed(0)
+    random.seed(1)
+    parts = objective.parts(model)
+    found = loss(objective, model, x, parts)
+    assert set(found) == {"pixels", "region", "identity"}
+    sum(found.values()).backward()
+    assert parts["online"].predictor.projection_head[0].weight.grad is not None
+    assert all(v.grad is None for name in ("target", "backbone") for v in parts[name].parameters())
+    with torch.no_grad():  # the target sees what is hidden
+        other = torch.where(mask.view(8, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3), 9.0, x)
+        a, b = (objective.losses(model, parts, v, mask, region)["identity"] for v in (x, other))
+        assert not torch.allclose(a, b)
+    with pytest.raises(vt.VitreousError, match="must have all"):
+        objective.draw(model, torch.tensor([9]), 1)
+
+
+# ---- Uni4Eye
+
+
+def test_uni4eye_learns_pictures_and_volumes_with_the_same_blocks(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = p.UnifiedViT(16, (16, 16, 6), patch=4, width=24, depth=1, heads=3)
+    objective = p.Uni4Eye(width=16, depth=1, heads=2)
+    parts = objective.parts(model)
+    flat, deep = torch.randn(2, 3, 16, 16), torch.rand(2, 1, 16, 16, 6)
+    for x, n, other in ((flat, 16, "proj3"), (deep, 32, "proj2")):
+        model.zero_grad()
+        found = objective.losses(model, parts, x, torch.rand(2, n))
+        assert set(found) == {"picture", "edges"}
+        sum(found.values()).backward()
+        assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+        assert (
+            getattr(model.patch_embed, other).weight.grad is None
+            or getattr(model.patch_embed, other).weight.grad.abs().max() == 0
+        )
+    assert parts["edges"].pred2.weight.grad.abs().max() > 0
+    np.save(tmp_path / "volumes.npy", deep.numpy())
+    both = p.Uni4Eye(width=16, depth=1, heads=2, volumes=str(tmp_path / "volumes.npy"))
+    taught = vt.pretrain(model, (torch.randn(16, 3, 16, 16), None), both, epochs=2, batch=16, augment=None)
+    assert all((taught.get_parameter(f"patch_embed.{n}.weight") != model.get_parameter(f"patch_embed.{n}.weight")).any()
+               for n in ("proj2", "proj3"))  # fmt: skip
+    released = p.UnifiedViT(16, (16, 16, 6), patch=4, width=24, depth=1, heads=3, positions3=False)
+    assert released.table(5, 24).abs().max() == 0 < model.table(5, 24).abs().max()
+
+
+# ---- TOV-VICReg
+
+
+def test_order_is_told_by_place_alone() -> None:
+    a, b, c = (torch.full((6, 2), v) for v in (1.0, 2.0, 3.0))
+    told = p.tov_vicreg.in_order(a, b, c, torch.arange(6))
+    assert told[0].tolist() == [1, 1, 2, 2, 3, 3] and told[3].tolist() == [2, 2, 3, 3, 1, 1]
+
+
+def test_vicreg_terms() -> None:
+    z = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    same, variance, covariance = p.tov_vicreg.vicreg(z, z)
+    assert same == 0 and covariance == 0 and variance == pytest.approx(1 - (2 / 3 + 1e-4) ** 0.5)
+    assert p.tov_vicreg.vicreg(z, 0 * z)[1] == pytest.approx((2 - (2 / 3 + 1e-4) ** 0.5 - 0.01) / 2)
+    assert p.tov_vicreg.vicreg(z[:, :1].expand(-1, 2), z)[2] > 0.1
+
+
+def test_tov_vicreg_from_frames(tmp_path) -> None:
+    frames = torch.randn(16, 3, 16, 16)
+    np.save(tmp_path / "frames.npy", frames.numpy())
+    objective = p.TOVVICReg(frames=str(tmp_path / "frames.npy"), hidden=16)
+    found = loss(objective, small(), frames)
+    assert set(found) == {"invariance", "variance", "covariance", "order"} and all(t.isfinite() for t in found.values())
+    with pytest.raises(vt.VitreousError, match="order of time"):
+        loss(p.TOVVICReg(), small(), frames)
+    with pytest.raises(vt.VitreousError, match="that can be read"):
+        loss(p.TOVVICReg(frames=str(tmp_path / "none.npy")), small(), frames)
+
+
+# ---- SoftCon
+
+
+def test_soft_labels_are_cosines() -> None:
+    labels = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1], [0, 0, 0]])
+    alike = p.softcon.alike(labels)
+    assert alike[0, 1] == pytest.approx(0.5**0.5) and alike[0, 2] == 0 and (alike.diagonal() == 1).all()
+    rows = torch.randn(4, 8)
+    both = torch.tensor([10.0, -5.0])
+    one = p.softcon.soft_contrast(rows, rows, labels, 0.1, 0.5, both)[1]
+    assert not torch.allclose(one, p.softcon.soft_contrast(rows, rows, labels.flip(0), 0.1, 0.5, both)[1])
+    assert p.softcon.soft_contrast(rows, rows, 0 * labels, 0.1, 0.5, both)[1] == 0
+
+
+def test_softcon_learns_many_channels() -> None:
+    model = p.with_channels(small(), 5)
+    data = torch.randn(8, 5, 16, 16), torch.randint(0, 2, (8, 3))
+    taught = vt.pretrain(model, data, p.SoftCon(width=8), epochs=1, batch=8, augment=None)
+    assert taught.patch_embed.proj.in_channels == 5
+    with pytest.raises(vt.VitreousError, match="needs labels"):
+        vt.pretrain(model, (data[0], None), p.SoftCon(width=8), epochs=1, batch=8, augment=None)
+    wide, x = p.with_channels(small(), 5, inflate=True), torch.randn(2, 3, 16, 16)
+    kernels = small().patch_embed.proj.weight
+    torch.testing.assert_close(wide.patch_embed.proj.weight[:, 2], kernels[:, 2] * 3 / 5)
+    torch.testing.assert_close(wide.patch_embed.proj.weight[:, 4], kernels.mean(1) * 3 / 5)
+    assert x.shape[1] == 3
+
+
+# ---- Mask & Match
+
+
+def test_the_mask_grows_and_places_match() -> None:
+    model, x = small(), pictures(8)[0]
+    objective = p.MaskAndMatch()
+    now = Now(model, share=0.0)
+    assert objective.masked(now) == pytest.approx(0.1)
+    now.share = 1.0
+    assert objective.masked(now) == pytest.approx(0.6)
+    found = loss(objective, model, x)
+    assert set(found) == {"global", "local", "match", "budget"} and all(t.isfinite() for t in found.values())
+    rows = torch.eye(6)
+    assert p.mask_and_match.info_nce(rows, rows, 0.1) < 0.01 < p.mask_and_match.info_nce(rows, rows.roll(1, 0), 0.1)
