@@ -2,8 +2,9 @@
 
 from .dcls import DCLS
 from .embed import Embed
+from .foveate import Foveate
 from .hst import HST
 from .registers import Registers
 from .vpt import VPT
 
-__all__ = ["DCLS", "HST", "VPT", "Embed", "Registers"]
+__all__ = ["DCLS", "HST", "VPT", "Embed", "Foveate", "Registers"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ Build = Callable[..., nn.Module]
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 _published: dict[str, tuple[Build, Convert]] = {}
+SIDES = (224, 384, 256, 448, 512, 32, 64, 128, 192, 320, 288, 336, 518, 160, 96, 48, 240, 272, 392, 480, 560, 640, 768, 1024)
 
 
 def official(name: str, build: Build, convert: Convert = dict) -> None:
@@ -99,12 +102,30 @@ def variants() -> list[str]:
     return sorted(_published)
 
 
+def fitting_side(build: Build, fits: Callable[[nn.Module], bool]) -> int | None:
+    """The side of the images for which `build(img_size=side)` gives a model that `fits`, of those in use; None for none of them.
+
+    Nothing but shapes is built.
+    """
+    for side in SIDES:
+        try:
+            with torch.device("meta"):
+                if fits(build(img_size=side)):
+                    return side
+        except TypeError:  # built for any size
+            return None
+        except (VitreousError, AssertionError, RuntimeError, ValueError):  # cannot be built for this one
+            continue
+    return None
+
+
 def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> nn.Module:
     """The published `variant` with the weights of its official checkpoint, in eval mode.
 
     `variant` is the official name, as "pvt_tiny", or "system--variant" where several papers use one name (a bare "tiny" is
     told apart by its tensors). `state` has the official repository's own names and is used strictly: a tensor that is
-    missing, left over or of another shape raises VitreousError. `kwargs` go to the variant's builder.
+    missing, left over or of another shape raises VitreousError, which names the `img_size` to pass where that is all there is to
+    it. `kwargs` go to the variant's builder.
     """
     found = [n for n in _published if n == variant or n.partition("--")[2] == variant]
     if not found:
@@ -115,10 +136,16 @@ def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> n
         build, convert = _published[name]
         model = build(**kwargs)
         try:
-            model.load_state_dict(convert(dict(state)), strict=True)
+            ours = convert(dict(state))
+            model.load_state_dict(ours, strict=True)
         except (RuntimeError, KeyError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reasons.append(f"{name}: {' '.join(lines[1:3]) or lines[0]}"[:300])
+            if any("size mismatch" in line for line in lines):
+                shapes = {k: v.shape for k, v in ours.items()}
+                fits = lambda m, shapes=shapes: {k: v.shape for k, v in m.state_dict().items()} == shapes
+                if side := fitting_side(partial(build, **{k: v for k, v in kwargs.items() if k != "img_size"}), fits):
+                    reasons[-1] = f"{name}: they are for images of {side} × {side} pixels: pass img_size={side}"
         else:
             return model.eval()
     raise VitreousError(f"the weights do not fit {'; nor '.join(reasons)}")

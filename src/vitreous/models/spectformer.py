@@ -290,4 +290,5 @@ for _name, _arguments in HIERARCHICAL.items():
     _timm = f"spectformer_{_name}"
     _cfg: dict[str, Any] = dict(fixed_input_size=True, first_conv="stem.0.0", classifier=("head", "aux_head"))
     publish(SpectFormerH, _timm, _arguments, variant=f"spectformer--hierarchical_{_name}", convert=convert_h, **_cfg)
-    official(f"spectformer--{_timm}", model_entrypoint(_timm), convert_h)
+    for _alias in (_timm, f"h_{_name}"):
+        official(f"spectformer--{_alias}", model_entrypoint(_timm), convert_h)

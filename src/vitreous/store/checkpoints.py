@@ -220,6 +220,12 @@ def fill(model: nn.Module, given: Checkpoint) -> list[str]:
     return [*given.notes, *notes]
 
 
+def fits(model: nn.Module, given: Checkpoint) -> bool:
+    """Whether all of the weights have a place in `model`, and the shape that they have there; nothing is loaded."""
+    shapes = {k: v.shape for k, v in _matched(model, given.state)[0].items()}
+    return shapes == {k: v.shape for k, v in model.state_dict().items()}
+
+
 def _other_shape(model: nn.Module, wrong: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     k = wrong[0]
     heads = [f"{c}.weight" for c in classifiers(model)]

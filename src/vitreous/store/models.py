@@ -21,10 +21,11 @@ from ..data.transform import preparation
 from ..errors import VitreousError
 from ..files import check, write_whole
 from ..models.bundled import CLASSES, WEIGHTS
+from ..models.official import fitting_side
 from ..outputs import tensors
 from ..steps import History, history_of, refuse_nan, remember
 from ..work import fingerprint
-from .checkpoints import Checkpoint, as_built, fill, read, read_safetensors, trained_as
+from .checkpoints import Checkpoint, as_built, fill, fits, read, read_safetensors, trained_as
 from .expects import class_names, expect, expectations, restore
 from .hugging_face import PREFIX, base_of, built, open_folder, timm_folder
 from .record import HUBS, NEVER, affordable, arguments, fits_memory, read_record, refuse_hub, refuse_reading
@@ -114,7 +115,13 @@ def _opened(
         if more := as_built(opened, given, kwargs):
             kwargs |= more
             opened = _create(name, False, kwargs)
-        notes = fill(opened, given)
+        try:
+            notes = fill(opened, given)
+        except VitreousError as error:
+            file, others = given, {k: v for k, v in kwargs.items() if k != "img_size"}
+            build = lambda img_size: _create(name, False, {**others, "img_size": img_size})
+            side = fitting_side(build, lambda m: fits(m, file)) if "of another shape" in str(error) else None
+            raise VitreousError(f"{error}: img_size={side} fits" if side else str(error)) from None
         if built := trained | more:
             notes.append("built as the file tells: " + ", ".join(f"{k}={v!r}" for k, v in built.items()))
         if known and known.split(".")[0] != name.split(".")[0]:

@@ -1,0 +1,35 @@
+"""Official checkpoints for another size of images say so, and which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import vitreous as vt
+from vitreous import VitreousError
+from vitreous.models import load_official, variants
+
+SMALL = dict(embed_dim=32, depth=1, num_heads=2)
+
+
+def test_load_official_says_which_size_to_pass() -> None:
+    state = vt.open("crate_tiny", img_size=384, **SMALL).state_dict()
+    with pytest.raises(VitreousError, match=r"do not fit.* 384 × 384 pixels: pass img_size=384"):
+        load_official("vir--tiny", vt.open("vir_tiny", img_size=384, depth=1).state_dict(), depth=1)
+    with pytest.raises(VitreousError, match=r"do not fit") as caught:
+        load_official("vir--tiny", state, depth=1)
+    assert "img_size" not in str(caught.value), "another model altogether"
+
+
+def test_open_says_which_size_to_pass(tmp_path: Path) -> None:
+    small = dict(stem_hidden_dim=8, embed_dims=(16, 16, 24, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))
+    torch.save(vt.open("spectformer_s", img_size=384, **small).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(VitreousError, match=r"do not fit.*img_size=384 fits"):
+        vt.open("spectformer_s", checkpoint=tmp_path / "w.pt", **small)
+    assert vt.open("spectformer_s", checkpoint=tmp_path / "w.pt", img_size=384, **small)
+
+
+def test_variants_are_known_as_reference_outputs_call_them() -> None:
+    assert {f"spectformer--h_{size}" for size in "sbl"} <= set(variants())
