@@ -51,3 +51,9 @@ def test_scale_tokens_of_channels_are_each_regions_own() -> None:
 def test_what_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(VitreousError, match="DuoFormer takes"):
         timm.create_model("duoformer_resnet50_2scales", **wrong)
+
+
+def test_it_is_made_for_224_pixels_by_default() -> None:
+    with torch.device("meta"):
+        model = cast(Any, timm.create_model("duoformer_resnet18_4scales", depth=1, embed_dim=24, num_heads=2))
+    assert model.size == (224, 224) and model.pos_embed.shape == (1, 50, 24)

@@ -169,7 +169,6 @@ for _name, _arguments in VARIANTS.items():
         _arguments,
         variant=f"duoformer--{_name}",
         convert=convert,
-        fixed_input_size=True,
         first_conv="backbone.conv1",
     )
 # The sizes at which the released code was run for the project's reference outputs.
