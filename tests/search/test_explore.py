@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
+from searching import ABOUT, Tried
 from support import small_vit
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitreous.errors import VitreousError
-from vitreous.prune import Heads, NViT
+from vitreous.prune import NViT
 from vitreous.quant import RepQ
-from vitreous.search import explore
-from vitreous.search.budget import AGREEMENT, Goal, Loss
-from vitreous.search.explore import Explorer
+from vitreous.search.budget import Goal
 from vitreous.search.front import Point, drawn, front, written
 from vitreous.search.predict import Predictor, joined, shape, work
 from vitreous.search.record import Record
 from vitreous.search.space import space
-from vitreous.search.trial import Trial
-from vitreous.steps import Recipe, history_of, slim
+from vitreous.steps import Recipe, slim
 from vitreous.tokens import EViT, ToMe
-
-ABOUT = {"model": "a", "machine": "b"}
 
 
 class TestRecord:
@@ -116,50 +110,6 @@ def test_latency_of_what_was_not_measured_is_told_from_what_was() -> None:
 
 
 # ---- the whole of it
-
-
-class Tried:
-    """A chooser's surroundings in which every step loses what it is told to, and time is work done."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, goal: Goal, images: Tensor) -> None:
-        self.net, self.calibrate, self.goal, self.notes = small_vit(), images, goal, []
-        self.made: list[str] = []
-        self.judge = SimpleNamespace(original=self.net, loss=self.loss, keeps=lambda model, goal: (True, self.loss(model)))
-        monkeypatch.setattr(explore, "exported", self.exported)
-        monkeypatch.setattr(explore, "timed", self.timed)
-        self.images = images
-
-    def progress(self, what: str, share: float) -> None:
-        pass
-
-    def options(self) -> dict[str, nn.Module]:
-        return {"strongest": slim(self.net, ToMe(r=1))}
-
-    def loss(self, model: Any, batches: int | None = None) -> Loss:
-        steps = history_of(getattr(model, "module", model)).steps()
-        each = {"EViT": lambda s: 4 * (1 - s.keep), "ToMe": lambda s: 0.6 * s.r, "Heads": lambda s: 2 * s.share}
-        return Loss(AGREEMENT, sum(each.get(type(s).__name__, lambda s: 0.5)(s) for s in steps), 0.1)
-
-    def exported(self, options: dict[str, nn.Module], folder: Path, *_: Any) -> tuple[list[Trial], dict[str, Any]]:
-        made = []
-        for name, model in options.items():
-            if name == "trial":
-                self.made.append(str(Recipe(tuple(history_of(model).steps()))))
-            for engine, speed in (("ONNX Runtime", 1.0), ("OpenVINO", 2.0)):
-                runtime: Any = SimpleNamespace(engine=engine, bytes=10, module=model, speed=speed)
-                made.append(Trial(name, folder, None, runtime, macs=7))
-        return made, {}
-
-    def timed(self, trials: list[Trial], net: nn.Module, images: Tensor, goal: Goal, *_: Any) -> None:
-        for t in trials:
-            runtime: Any = t.runtime
-            ms = 1e-6 * float(work(shape(runtime.module, self.images))[:5].sum()) / runtime.speed
-            t.times, t.speedups = (ms,) * len(goal.batches), (3.0,) * len(goal.batches)
-
-    def search(self, folder: Path, trials: int) -> tuple[Explorer, dict[str, nn.Module]]:
-        ladders: Any = {"tokens": [[EViT(keep=0.9), EViT(keep=0.6)]], "heads": [[Heads(share=0.25)]]}
-        explorer = Explorer(Record(folder / "trials.jsonl", ABOUT), {**ladders, "runtime": []}, 10, trials, folder / "tried")
-        return explorer, explorer.options(self, self.images)
 
 
 def test_a_search_goes_on_where_it_was_and_repeats_nothing(

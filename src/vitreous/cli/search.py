@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +35,11 @@ def search(
     plot: Annotated[Path | None, typer.Option(help="draw the front as a page, as pareto.html")] = None,
     out: Annotated[Path, typer.Option(help="folder of the search; started again there it goes on")] = Path("vitreous-search"),
 ) -> None:
-    """Search combinations of token steps, removed heads and hidden units, integers and runtimes, under a budget."""
+    """Search combinations of token steps, removed heads and hidden units, integers and runtimes, under a budget.
+
+    Where nothing keeps to it, the closest is shipped and said, with exit status 2.
+    """
+    from ..errors import VitreousError
     from ..search import Goal
     from ..search import search as run
     from ..search.front import table
@@ -42,24 +48,28 @@ def search(
     mega = lambda value: None if value is None else value / 1e6
     goal = Goal(budget, speedup, latency, mega(bytes), macs, mega(memory), batch)
     wanted = None if axes is None else [a.strip() for a in axes.split(",") if a.strip()]
-    with progress_bar() as bar:
-        progress = stages(bar)
-        net = opening.open(model)
-        found = run(
-            net,
-            source.data,
-            goal=goal,
-            axes=wanted,
-            minutes=minutes,
-            trials=trials,
-            out=out,
-            plot=plot,
-            limit=source.limit,
-            seed=source.seed,
-            threads=opening.threads,
-            download=source.download,
-            progress=progress,
-        )
+    try:
+        with progress_bar() as bar:
+            progress = stages(bar)
+            net = opening.open(model)
+            found = run(
+                net,
+                source.data,
+                goal=goal,
+                axes=wanted,
+                minutes=minutes,
+                trials=trials,
+                out=out,
+                plot=plot,
+                limit=source.limit,
+                seed=source.seed,
+                threads=opening.threads,
+                download=source.download,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        again = shlex.join(["vitreous", *sys.argv[1:]])
+        raise VitreousError(f"stopped; what was tried is kept in {out}, to go on: {again}") from None
     printer = console()
     width = max(printer.width, 110)
     printer.print(table(found.front, found.original), width=width)
@@ -67,3 +77,5 @@ def search(
     for line in (*found.notes, *found.log):
         printer.print(line)
     printer.print(f"in {out}: trials.jsonl, front.json, recipes/, best/ with the shipped files, proof and report")
+    if found.missed:
+        raise VitreousError(found.missed)

@@ -61,7 +61,10 @@ class Explorer:
         for i, recipe in enumerate(seeds):
             chooser.progress("trying what the chooser found", i / len(seeds))
             self._try(recipe)
-        self._explore(self._alone(seeds))
+        alone = self._alone(seeds)
+        for value in self.record.all("trial").values():  # now that their shapes are known; those of a stopped run too
+            self._learn(Recipe.from_json(value["recipe"]).steps, value)
+        self._explore(alone)
         chooser.notes.append(self.accuracy())
         shutil.rmtree(self.folder, ignore_errors=True)
         return self._shipped()
@@ -85,10 +88,12 @@ class Explorer:
             f"Kendall's τ with the measured {tau:.2f} (of MACs {by_macs:.2f})"
         )
 
+    def _tried(self) -> int:
+        return sum(1 for v in self.record.all("trial").values() if v.get("explored"))
+
     def _over(self) -> bool:
-        tried = sum(1 for v in self.record.all("trial").values() if v.get("explored"))
         late = self.spent + time.monotonic() - self.began > 60 * self.minutes
-        return late or (self.trials is not None and tried >= self.trials)
+        return late or (self.trials is not None and self._tried() >= self.trials)
 
     # ---- the quick form first
 
@@ -159,11 +164,10 @@ class Explorer:
     def _explore(self, alone: dict[str, list[Step | None]]) -> None:
         recipes = [tuple(s for s in r if s is not None) for r in product(*(alone[axis] for axis in ORDER))]
         idle = 0
-        for turn in range(10 * len(recipes)):
-            if self._over() or idle == len(LEVELS) + 1:
-                break
+        while not self._over() and idle <= len(LEVELS):
             left = [r for r in recipes if self.record.get("trial", _key(r)) is None]
-            pick = self._best(left, turn % (len(LEVELS) + 1))
+            # Told by the record alone, so that a search that was stopped goes on as it would have.
+            pick = self._best(left, (self._tried() + idle) % (len(LEVELS) + 1))
             idle = 0 if pick else idle + 1
             if pick:
                 said = f"trying {Recipe(pick)}"
@@ -203,8 +207,8 @@ class Explorer:
     def _shape(self, recipe: tuple[Step, ...]) -> np.ndarray | None:
         if self.whole is None:
             return None
-        known = {_axis(s): self.record.get("alone", str(s)) for s in recipe if s.family != "quant"}
-        return joined(self.whole, {a: np.array(v["shape"]) for a, v in known.items() if v and v.get("shape")})
+        known = {_axis(s): (self.record.get("alone", str(s)) or {}).get("shape") for s in recipe if s.family != "quant"}
+        return None if None in known.values() else joined(self.whole, {a: np.array(v) for a, v in known.items()})
 
     def _predicted(self, recipe: tuple[Step, ...], engine: str) -> list[float] | None:
         """Milliseconds an image at each batch."""
@@ -231,16 +235,20 @@ class Explorer:
 
     def _try(self, recipe: tuple[Step, ...], explored: bool = False) -> None:
         """Make, ship, time and judge a recipe in both runtimes, unless that was done."""
-        known = self.record.get("trial", _key(recipe))
-        if known is None:
-            began = time.monotonic()
-            try:
-                known = self._measured(recipe)
-            except VitreousError as reason:
-                known = {"failed": str(reason)}
-            steps = Recipe(recipe).to_json()
-            about = {"recipe": steps, "explored": explored, "seconds": time.monotonic() - began}
-            known = self.record.add("trial", _key(recipe), {**known, **about})
+        if self.record.get("trial", _key(recipe)) is not None:
+            return
+        began = time.monotonic()
+        try:
+            found = self._measured(recipe)
+        except VitreousError as reason:
+            found = {"failed": str(reason)}
+        about = {"recipe": Recipe(recipe).to_json(), "explored": explored, "seconds": time.monotonic() - began}
+        known = self.record.add("trial", _key(recipe), {**found, **about})
+        if explored:
+            self._learn(recipe, known)
+
+    def _learn(self, recipe: tuple[Step, ...], known: dict[str, Any]) -> None:
+        """Let the predictor know what was measured."""
         rows = self._shape(recipe)
         for engine, run in known.get("runs", {}).items():
             for batch, ms in zip(self.goal.batches, run["ms"], strict=True):

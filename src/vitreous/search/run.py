@@ -23,6 +23,7 @@ from .front import Point, drawn, front, written
 from .job import Job
 from .record import Record
 from .space import space
+from .trial import MISSED
 
 Progress = Callable[[str, float], None]
 
@@ -31,7 +32,7 @@ Progress = Callable[[str, float], None]
 class Found:
     """What a search found. front: from the point that loses least; `all`: every point measured. proof: of the shipped one, on
     images that chose nothing. original: milliseconds an image of the original in torch. notes, log: what one must know, and what
-    was tried."""
+    was tried. missed: where nothing keeps to the budget or reaches the limits, that and what comes closest; else empty."""
 
     front: list[Point]
     all: list[Point]
@@ -39,6 +40,7 @@ class Found:
     original: float
     notes: list[str]
     log: list[str]
+    missed: str = ""
 
 
 def search(
@@ -70,6 +72,8 @@ def search(
     goal = goal or Goal()
     if minutes < 0 or (trials is not None and trials < 0):
         raise VitreousError("give a number of minutes, and of trials, of at least 0")
+    if not minutes and trials:
+        raise VitreousError(f"0 minutes leave no time for {trials} trials: give more minutes, or no trials")
     ladders, out = space(model, axes, goal), Path(out)
     if plot is not None:
         writable(plot, overwrite=True, option="another --plot")
@@ -81,6 +85,7 @@ def search(
         held: list[Explorer] = []
 
         def explored(chooser: Chooser, images: Tensor) -> dict[str, nn.Module]:
+            _room(goal, images)
             record = Record(out / "trials.jsonl", _about(chooser, data, goal, threads))
             held.append(Explorer(record, ladders, minutes, trials, aside / "tried", threads))
             return held[0].options(chooser, images)
@@ -95,7 +100,18 @@ def search(
             write_whole(plot, drawn(points, goal, held[0].budget, title))
         original = held[0].original()
     mean = float(torch.tensor(original).log().mean().exp())
-    return Found(on, points, proof, mean, job.notes, job.log)
+    missed = next((note for note in job.notes if note.startswith(MISSED)), "")
+    return Found(on, points, proof, mean, job.notes, job.log, missed)
+
+
+def _room(goal: Goal, images: Tensor) -> None:
+    """Raise `VitreousError` where a batch of pictures alone takes more memory than may be taken."""
+    needed = images[0].nbytes * goal.batches[0]
+    if goal.memory is not None and needed > goal.memory * 1e6:
+        raise VitreousError(
+            f"{goal.memory * 1e6:.0f} bytes of memory do not hold a batch of {goal.batches[0]} pictures, which takes {needed}: "
+            "allow more, or a smaller batch"
+        )
 
 
 def _about(chooser: Chooser, data: str, goal: Goal, threads: int | None) -> dict[str, Any]:

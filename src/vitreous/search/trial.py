@@ -18,6 +18,7 @@ from ..ship import Runtime, Shipment, ship_all
 from .budget import Goal, Loss
 
 SECONDS = 4.0
+MISSED = "nothing "  # how a note begins that says what was asked for and not found
 
 
 @dataclass
@@ -139,7 +140,7 @@ def best(trials: list[Trial], goal: Goal, notes: list[str], loss: Callable[[Tria
                 return trial
     if not within:
         chosen = min(trials, key=lambda t: t.lost.value if t.lost else 0.0)
-        notes.append(f"nothing keeps to the budget: {chosen.name} comes closest, with {chosen.lost}")
+        notes.append(f"{MISSED}keeps to the budget: {chosen.name} comes closest, with {chosen.lost}")
         return chosen
     reaching = [t for t in within if t.reaches(goal)]
     if reaching:
@@ -149,7 +150,7 @@ def best(trials: list[Trial], goal: Goal, notes: list[str], loss: Callable[[Tria
     got += f", {chosen.speedup:.2g} times the speed" if chosen.speedups else ""
     got += f", {chosen.macs:.3g} MACs" if chosen.macs is not None else ""
     got += f", {chosen.memory / 1e6:.1f} MB of memory" if chosen.memory is not None else ""
-    notes.append(f"nothing within the budget reaches {goal.targets}: {chosen.name} comes closest, {got}")
+    notes.append(f"{MISSED}within the budget reaches {goal.targets}: {chosen.name} comes closest, {got}")
     return chosen
 
 
