@@ -41,6 +41,14 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "mpcvit": Small(
+        "mpcvit_7_4_32_search",
+        dict(img_size=16, embed_dim=24, depth=2, num_heads=3),
+        side=16,
+        other_side=None,
+        resized=dict(img_size=24),
+        attention=False,
+    ),
     "as-vit": Small(
         "as_vit_seed",
         dict(img_size=64, genotype="8,2,3,1|4,1,2,1|4,1,4,1|3,1,2,1|8,16"),

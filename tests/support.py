@@ -43,9 +43,11 @@ def filled(model: nn.Module) -> nn.Module:
 
 def official_state(info: dict[str, Any]) -> dict[str, torch.Tensor]:
     """A golden's weights under the official names; what constructors compute, and so must not matter, is zero."""
-    scale = info.get("scale", {})
+    scale, told = info.get("scale", {}), info.get("fixed_values", {})
     return {
-        name: torch.zeros(shape, dtype=torch.long)
+        name: torch.tensor(told[name]).reshape(shape)
+        if name in told
+        else torch.zeros(shape, dtype=torch.long)
         if kind == "fixed"
         else torch.from_numpy(np.asarray(fill(name, tuple(shape)) * np.float32(scale.get(name, 1))))
         for name, shape, kind in info["state"]

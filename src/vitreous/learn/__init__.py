@@ -19,6 +19,7 @@ from .heal import FRD, Connectivity, KeepRate, SparsifinerDistillation, TokenRed
 from .instatune import InstaTune
 from .long_tail import DeiTLT, effective_weights, long_tailed
 from .merging import Kitchen, MergingRule, merge
+from .mpcvit import MPCSearch
 from .nkd import NKD, USKD
 from .objective import Batch, Now, Objective, Seen, objective
 from .opcm import OPCM
@@ -71,6 +72,7 @@ __all__ = [
     "Kitchen",
     "LearnedSoup",
     "Lion",
+    "MPCSearch",
     "MergingRule",
     "Now",
     "Objective",

@@ -4,6 +4,7 @@ from .divergence import Divergence
 from .heads import Heads
 from .lpvit import LPViT
 from .monarch import Monarch
+from .mpcvit import MPCHeads
 from .nvit import NViT
 from .sparse_then_prune import SparseThenPrune
 from .subnet import Subnet
@@ -13,6 +14,7 @@ __all__ = [
     "Divergence",
     "Heads",
     "LPViT",
+    "MPCHeads",
     "Monarch",
     "NViT",
     "SparseThenPrune",
