@@ -18,7 +18,8 @@ from .objective import Batch, Now, Objective, Seen, objective
 class MPCSearch(Objective):
     """Zeng et al., "MPCViT" (ICCV 2023), equation 6: cross-entropy and `strength` · Σ |α| over all heads.
 
-    α is trained with the weights and begins at 1, every head with its ReLU softmax. `prune.MPCHeads` makes it 1 or 0; what it leaves is trained anew.
+    α is trained with the weights and begins at 1, every head with its ReLU softmax. `prune.MPCHeads` makes it 1 or 0; what it
+    leaves is trained anew.
     """
 
     strength: float = 1e-5
