@@ -144,6 +144,23 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_within_compiled_code_is_still_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def compiled(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("a callback failed") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(vitreous.cli, "app", compiled)
+    try:
+        status, _, error = command(monkeypatch, capsys, "slim")
+    finally:
+        signal.signal(signal.SIGINT, before)
+        vitreous.cli._interrupts.clear()
+    assert (status, error) == (130, "vitreous: stopped: nothing was written\n")
+
+
 def test_full_disk(tmp_path: Path) -> None:
     """A limit on file size stands in for a full disk: the same kind of error, from the same call."""
     script = f"""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,12 +94,22 @@ def common(
     pass
 
 
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, _: Any) -> None:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; whatever goes wrong is one line on stderr and exit status 2, with `--debug` also its trace."""
     for stream in (sys.stdout, sys.stderr):  # names that are no text, and terminals that know no ×
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
             # --debug may stand anywhere, as nobody knows before that they will want it
@@ -105,6 +117,8 @@ def main() -> None:
         except Exception:
             if "--debug" in words:
                 traceback.print_exc()
+            if _interrupts:  # which compiled code turns into errors of its own
+                raise KeyboardInterrupt from None
             raise
     except VitreousError as error:
         _stop(str(error), 2)
