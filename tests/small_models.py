@@ -151,6 +151,22 @@ SMALL: dict[str, Small] = {
         resized=dict(img_size=48),
     ),
     "res-vmamba": Small("res_vmamba_vssm_tiny", dict(embed_dim=16, depths=(1, 1, 1, 1), expand=1.0, states=2), attention=False),
+    "dsm": Small("dsm_small", dict(img_size=64, embed_dims=(16, 16, 16, 24), depths=(1, 1, 0, 0)), attention=False),
+    "dct-histotransformer": Small(
+        "dct_histotransformer", dict(embed_dims=(16, 16, 16, 24), depths=(1, 1, 0, 0), num_heads=(1, 2, 2, 2))
+    ),
+    "maformer": Small(
+        "maformer_small",
+        dict(img_size=64, embed_dims=(16, 16, 16, 24), depths=(1, 0, 0, 1), num_heads=(1, 2, 2, 2), coarse=6),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
+    "dualtoken-vit": Small(
+        "dualtoken_vit_small",
+        dict(img_size=64, embed_dims=(16, 16, 16, 24), depths=(1, 0, 0, 1), num_heads=(1, 2, 2, 2)),
+        other_side=None,
+        resized=dict(img_size=96),
+    ),
     "tic": Small("tic_tiny", dict(embed_dims=(16, 16, 16, 24), depths=(2, 0, 0, 0), num_heads=(1, 2, 2, 2))),
     "duoformer": Small(
         "duoformer_resnet50_3scales",
