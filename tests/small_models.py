@@ -17,7 +17,8 @@ class Small:
     name, arguments: for `timm.create_model`. side, channels: of its images. other_side: another size of images that it takes as
     it is built, None where the design has one size; then `resized` are the arguments that build it for 1.5 × `side`, None
     where nothing does. attention: whether it has softmax attention that `glass` sees. unused: parameters that no gradient
-    reaches, by design of the paper; say why in a comment.
+    reaches, by design of the paper; say why in a comment. uneven: scales of norms differ, where a design compares the sizes of
+    tokens, which norms at their start make equal.
 
     Its key is the system's slug, and a word behind it where a paper has two designs.
     """
@@ -30,10 +31,15 @@ class Small:
     resized: dict[str, Any] | None = None
     attention: bool = True
     unused: tuple[str, ...] = ()
+    uneven: bool = False
 
     def make(self, **kwargs: Any) -> nn.Module:
         torch.manual_seed(0)
-        return timm.create_model(self.name, **{"num_classes": 7, **self.arguments, **kwargs}).eval()
+        model = timm.create_model(self.name, **{"num_classes": 7, **self.arguments, **kwargs}).eval()
+        for m in model.modules() if self.uneven else ():
+            if isinstance(m, nn.LayerNorm):
+                m.weight.data = torch.linspace(-1.5, 2, m.weight.shape[0])
+        return model
 
     def images(self, n: int = 2, side: int | None = None) -> torch.Tensor:
         side = side or self.side
@@ -99,6 +105,13 @@ SMALL: dict[str, Small] = {
         "dinat_s_tiny", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((1,), (2,), (1,), (1,)), kernel=3)
     ),
     "dinat isotropic": Small("dinat_isotropic_small", dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, kernel=3)),
+    "a2mamba": Small(
+        "a2mamba_nano",
+        dict(img_size=96, embed_dims=(8, 8, 16, 16), depths=(0, 0, 1, 1), num_heads=(2, 2, 2, 2), windows=(3, 3, 3, 3)),
+        side=96,
+        other_side=128,
+    ),
+    "lwganet": Small("lwganet_l0", dict(embed_dim=16, depths=(1, 0, 1, 1), kernel=3, feature_dim=16), side=96, other_side=128),
     "l2vit": Small("l2vit_tiny", dict(embed_dims=(16, 16, 16, 32), depths=(2, 1, 1, 1), num_heads=(1, 1, 1, 2))),
     "patnet": Small("patnet_t0", dict(embed_dim=8, depths=(1, 1, 1, 1), feature_dim=32)),
     "vir": Small(
@@ -181,6 +194,15 @@ SMALL: dict[str, Small] = {
         other_side=None,
         resized=dict(img_size=96),
         unused=("fc_norm",),
+    ),
+    "shift-equivariant-vit": Small(
+        "polytwins_svt_small",
+        dict(embed_dims=(16, 16, 16, 32), num_heads=(1, 1, 1, 2), depths=(2, 1, 1, 1), wss=(2, 2, 2, 2), sr_ratios=(4, 2, 2, 1)),
+        other_side=128,
+        uneven=True,
+    ),
+    "shift-equivariant-vit polyvit": Small(
+        "polyvit_small", dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), side=32, other_side=48
     ),
     "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
     "moh": Small(

@@ -76,10 +76,10 @@ def small_vit(depth: int = 4, seed: int = 0, **kwargs: Any) -> nn.Module:
     return model.eval()
 
 
-def small_convnet(name: str) -> nn.Module:
+def small_convnet(name: str, dims: tuple[int, ...] = (8, 16, 16, 32)) -> nn.Module:
     """A ConvNeXt of timm's for images of 32 pixels, its layers' weights large enough that they matter."""
     torch.manual_seed(0)
-    model = timm.create_model(name, depths=(1, 2, 1, 1), dims=(8, 16, 16, 32), num_classes=7, ls_init_value=1.0)
+    model = timm.create_model(name, depths=(1, 2, 1, 1), dims=dims, num_classes=7, ls_init_value=1.0)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
     return model.eval()
 

@@ -4,15 +4,19 @@ from .block import MetaBlock
 from .depthwise import ConditionalPosition, DepthwiseMlp, conv_norm
 from .dilated import DilatedReparam
 from .distilled import DistilledHead
+from .ela import ELA
 from .fourier import irfft2, rfft2
 from .monarch import MonarchLinear, block_diagonal
 from .neighbourhood import NeighbourhoodAttention, adaptive_avg_pool, neighbourhoods
+from .polyphase import CircularConv2d, anchored
 from .positions import patch_grid, require_size, resample_position, sinusoid
 from .scan import SelectiveScan, gated_linear_attention, linear_recurrence, selective_scan, state_space_dual
 from .spacings import DCLS, repulsion, spaced_kernel
 
 __all__ = [
     "DCLS",
+    "ELA",
+    "CircularConv2d",
     "ConditionalPosition",
     "DepthwiseMlp",
     "DilatedReparam",
@@ -22,6 +26,7 @@ __all__ = [
     "NeighbourhoodAttention",
     "SelectiveScan",
     "adaptive_avg_pool",
+    "anchored",
     "block_diagonal",
     "conv_norm",
     "gated_linear_attention",

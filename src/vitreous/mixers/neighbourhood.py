@@ -20,21 +20,25 @@ def adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
     return means(x.shape[-2], size[0]) @ x @ means(x.shape[-1], size[1]).mT
 
 
-def neighbourhoods(height: int, width: int, kernel: int, device: torch.device, dilation: int = 1) -> tuple[Tensor, Tensor]:
+def neighbourhoods(
+    height: int, width: int, kernel: int, device: torch.device, dilation: int | Sequence[int] = 1
+) -> tuple[Tensor, Tensor]:
     """For every place of a map the `kernel` × `kernel` places around it, `[H · W, kernel²]`, and their relative positions.
 
     At the border the square stays inside of the map, so that the place is no longer in its middle. With a dilation d every place
     sees those of its own group only, the places whose row and column are the same as its own modulo d. Relative positions count
-    steps of d, in a table of (2 · kernel − 1)² entries. Both sides must be at least kernel · d. Hassani et al., "Neighborhood
-    Attention Transformer" (CVPR 2023); Hassani and Shi, "Dilated Neighborhood Attention Transformer" (2022).
+    steps of d, in a table of (2 · kernel − 1)² entries. Both sides must be at least kernel · d; d may be one for rows and one for
+    columns. Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023); Hassani and Shi, "Dilated Neighborhood Attention
+    Transformer" (2022).
     """
     places, offsets = [], []
-    for side in (height, width):
+    dilations = (dilation, dilation) if isinstance(dilation, int) else dilation
+    for side, apart in zip((height, width), dilations, strict=True):
         i = torch.arange(side, device=device)[:, None]
-        group, step = i % dilation, i // dilation
-        length = (side - group + dilation - 1) // dilation  # how many places this group has
+        group, step = i % apart, i // apart
+        length = (side - group + apart - 1) // apart  # how many places this group has
         near = torch.minimum((step - kernel // 2).clamp(min=0), length - kernel) + torch.arange(kernel, device=device)
-        places.append(group + dilation * near)
+        places.append(group + apart * near)
         offsets.append(near - step + kernel - 1)
 
     def pairs(rows: Tensor, columns: Tensor, width: int) -> Tensor:

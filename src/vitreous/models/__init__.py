@@ -1,6 +1,7 @@
 """Architectures, registered with timm on import: `timm.create_model("sit_tiny")` works after `import vitreous.models`."""
 
 from . import (
+    a2mamba,
     adventurer,
     as_vit,
     bundled,
@@ -30,6 +31,7 @@ from . import (
     litv2,
     lookupvit,
     lsnet,
+    lwganet,
     maformer,
     masked_autoencoder,
     minimal_transformer,
@@ -43,6 +45,7 @@ from . import (
     patnet,
     pvt,
     res_vmamba,
+    shift_equivariant_vit,
     sit,
     smt,
     sn_net,
@@ -63,6 +66,7 @@ from . import (
 from .official import load_official, variants
 
 __all__ = [
+    "a2mamba",
     "adventurer",
     "as_vit",
     "bundled",
@@ -93,6 +97,7 @@ __all__ = [
     "load_official",
     "lookupvit",
     "lsnet",
+    "lwganet",
     "maformer",
     "masked_autoencoder",
     "minimal_transformer",
@@ -106,6 +111,7 @@ __all__ = [
     "patnet",
     "pvt",
     "res_vmamba",
+    "shift_equivariant_vit",
     "sit",
     "smt",
     "sn_net",

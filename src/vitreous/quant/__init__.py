@@ -14,6 +14,7 @@ from .mse import MSE
 from .percentile import Percentile
 from .qhyvit import QHyViT
 from .repq import RepQ
+from .shiftadd import ShiftAdd, operations
 from .smoothquant import SmoothQuant
 from .weightonly import WeightOnly
 
@@ -32,8 +33,10 @@ __all__ = [
     "Percentile",
     "QHyViT",
     "RepQ",
+    "ShiftAdd",
     "SmoothQuant",
     "WeightOnly",
     "coverage",
+    "operations",
     "why",
 ]
