@@ -121,3 +121,21 @@ def test_refusals(words, match, photos, tmp_path, monkeypatch, capsys) -> None:
 def test_unknown_protocol(photos, monkeypatch, capsys) -> None:
     status, _, err = command(monkeypatch, capsys, "probe", *SMALL, "--data", str(photos), "--protocol", "kn")
     assert status == 2 and "knn" in err
+
+
+@pytest.mark.parametrize("method", ["SimMIM(mask=0.5)", "MAE(width=16, depth=1, heads=2)", "GMML(align=4)", "SemAIM()"])
+def test_reconstructions_are_seen(method, photos, tmp_path, monkeypatch, capsys) -> None:
+    run, picture = tmp_path / "run", tmp_path / "p.png"
+    Image.open(photos / "red" / "0.png").save(picture)
+    words = ["pretrain", *SMALL, "--data", str(photos), "--method", method, "--batch", "16", "--out", str(run), "--epochs", "1"]
+    status, _, err = command(monkeypatch, capsys, *words, "--augment", "shift")
+    if method.startswith("GMML"):  # rectangles of 4 pixels and more have no room in 16
+        assert status == 2 and "do not fit" in err
+        return
+    assert status == 0, err
+    status, out, err = command(monkeypatch, capsys, "see", str(picture), str(run), "--reconstruct")
+    assert status == 0, err
+    drawn = Image.open(tmp_path / "p.reconstructed.png")
+    assert "reconstructed written" in out and drawn.width > 2.9 * drawn.height
+    status, _, err = command(monkeypatch, capsys, "see", str(picture), str(tmp_path), "--reconstruct", "--overwrite")
+    assert status == 2 and "holds no run" in err

@@ -23,6 +23,9 @@ def see(
     layer: Annotated[str | None, typer.Option(help="for class activation maps: the dotted name of a module")] = None,
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
     tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
+    reconstruct: Annotated[
+        bool, typer.Option(help="MODEL is the folder of a pretraining run: draw what it hides and how it answers")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="PNG to write; beside the picture by default")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the PNG if it exists")] = False,
 ) -> None:
@@ -38,6 +41,8 @@ def see(
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
     from ..files import writable, write_whole
+    from ..learn.pretrain.reconstruct import opened
+    from ..learn.pretrain.reconstruct import reconstruct as answers
     from ..models.dependencyvit import dependency_tree
     from ..outputs import answer, embeds
     from ..prove.drawing import enlarge, overlay, survival
@@ -51,15 +56,17 @@ def see(
         raise VitreousError(f"{method} shows the same whatever the class: leave --target out, or choose another --method")
     if layer is not None and not method.endswith(("cam", "cam_pp")):
         raise VitreousError(f"{method} looks at no layer of your choice: leave --layer out, or use --method grad_cam")
-    if tokens and tree:
-        raise VitreousError("--tokens and --tree draw different pictures: choose one")
-    drawn = "tokens" if tokens else "tree" if tree else method
+    if tokens + tree + reconstruct > 1:
+        raise VitreousError("--tokens, --tree and --reconstruct draw different pictures: choose one")
+    drawn = "tokens" if tokens else "tree" if tree else "reconstructed" if reconstruct else method
+    if reconstruct and model is None:
+        raise VitreousError("--reconstruct needs the folder of a run of vitreous pretrain in MODEL's place")
     try:
         whole = read_picture(image)
     except Unreadable as reason:
         raise VitreousError(f"{image}: {reason}") from None
     file = writable(out or image.with_name(f"{image.stem}.{drawn}.png"), overwrite, "another --out")
-    net = opening.open(model)
+    net = opened(model)[0] if reconstruct and model is not None else opening.open(model)
     prepared = preparation(net)
     picture = whole.convert(prepared.mode)
     x, shown = prepared.to_tensor(picture)[None], prepared.view(picture)
@@ -73,6 +80,9 @@ def see(
         if not maps:
             raise VitreousError("this model drops and merges no tokens: slim it with a token step first")
         panels += [survival(shown, groups[0]) for _, groups in maps]
+    elif reconstruct and model is not None:
+        hidden, answered = answers(model, x)
+        panels += [enlarge(p) for p in told(shown, hidden[0], answered[0], prepared.config)]
     elif tree:
         parents = dependency_tree(net, x)[0]
         panels = [p.resize((2 * p.width, 2 * p.height), Image.Resampling.BICUBIC) for p in panels]  # room for the lines
@@ -95,8 +105,22 @@ def see(
     if logits.ndim == 2 and not embeds(net, x):
         print(_said(net, logits[0], multi_label))
     print(f"{drawn} written to {file}")
-    if not tokens and not tree and (failed := room.warning(method)):
+    if not tokens and not tree and not reconstruct and (failed := room.warning(method)):
         print(f"caution: {failed}", file=sys.stderr)
+
+
+def told(shown: Any, hidden: Any, answered: Any, config: Any) -> list[Any]:
+    """A picture with what is hidden greyed, and the answer in its place: `hidden [1, H, W]`, `answered [C, H, W]`, normalised."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    pixels = ((answered.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    seen, cover = np.asarray(shown.convert("RGB")), hidden[0].cpu().numpy()[..., None]
+    pixels = pixels if pixels.shape[2] == 3 else pixels.repeat(3, 2)
+    masked, made = np.where(cover, np.uint8(128), seen), np.where(cover, pixels, seen)
+    return [Image.fromarray(a.astype(np.uint8)) for a in (masked, made)]
 
 
 def _said(net: Any, logits: Any, multi_label: bool) -> str:
