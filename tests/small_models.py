@@ -47,6 +47,22 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "vit-resnas": Small(
+        "vit_resnas_tiny",
+        dict(
+            img_size=56,
+            widths=(16, 24, 32),
+            head_dims=(8, 8, 8),
+            depths=(1, 1, 1),
+            heads=(2, 2, 2),
+            hidden=(32, 32, 32),
+            middle=8,
+        ),
+        side=56,
+        other_side=None,
+        resized=None,
+        unused=("patch_head",),  # reads the patches, for a loss of training alone
+    ),
     "mpcvit": Small(
         "mpcvit_7_4_32_search",
         dict(img_size=16, embed_dim=24, depth=2, num_heads=3),

@@ -33,8 +33,10 @@ def evolve(
     from ..data import training_data
     from ..errors import VitreousError
     from ..files import writable
+    from ..models.vit_resnas import ViTResNAS
     from ..prune.subnet import Space, sort_units
     from ..search.nets.policy import search_policy
+    from ..search.nets.resnas import search_resnas
     from ..search.nets.subnets import search_subnets
     from ..steps import history_of, slim
     from ..terminal import console, progress_bar, stages
@@ -43,8 +45,18 @@ def evolve(
     net = opening.open(model)
     if steps := history_of(net).steps():
         raise VitreousError(f"sub-networks are cut from a model as it was trained, and this one was changed by {steps[0]}")
-    space = Space.of(net, depth, least, levels)
+    space = None if isinstance(net, ViTResNAS) else Space.of(net, depth, least, levels)
     calibrate, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
+    if isinstance(net, ViTResNAS):
+        if macs is None:
+            raise VitreousError("a vit_resnas is searched just below a limit: give --macs")
+        with progress_bar() as bar:
+            given = dict(least=least, levels=levels, population=max(4, measured // 5), generations=5)
+            genes, wrong, supernet = search_resnas(net, check, macs, seed=source.seed, progress=stages(bar), **given)  # type: ignore[arg-type]
+        said = f"{100 * wrong:.2f} % wrong, {supernet.macs(genes) / 1e6:.4g} MMACs"
+        print(f"{said}, chosen on {len(check)} images; written to {out}")
+        store.save_model(supernet.cut(genes), out)
+        return
     images = calibrate.tensor(range(min(64, len(calibrate))))
     if sort:
         sort_units(net, images)

@@ -38,6 +38,7 @@ from .slimfit import SlimFit
 from .sn_net import Stitched
 from .soups import GreedySoup, LearnedSoup, UniformSoup
 from .sparsifiner import connectivity_loss, predictor_parameters, sparsifiner_distillation
+from .vit_resnas import MultiArchitecture
 from .zeros import KeepZeros
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "Lion",
     "MPCSearch",
     "MergingRule",
+    "MultiArchitecture",
     "Now",
     "Objective",
     "Optimiser",

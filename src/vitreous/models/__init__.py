@@ -62,6 +62,7 @@ from . import (
     van,
     vig_gla,
     vir,
+    vit_resnas,
 )
 from .official import load_official, variants
 
@@ -129,4 +130,5 @@ __all__ = [
     "variants",
     "vig_gla",
     "vir",
+    "vit_resnas",
 ]

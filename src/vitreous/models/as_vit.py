@@ -137,6 +137,7 @@ class AsViT(Classifier):
         if any(n % 32 for n in self.img_size):
             raise VitreousError(f"AsViT: the sides of its images are multiples of 32, not {self.img_size}")
         self.patch_embed = PatchEmbed(in_chans, width, stages[0][0])
+        self.patch_embed.img_size = self.img_size  # type: ignore[assignment]  # what prepares pictures reads it there
         rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, [s[3] for s in stages], stagewise=True))
         self.stages = nn.Sequential()
         for i, ((_, splits, expansion, _), c) in enumerate(zip(stages, widths, strict=True)):

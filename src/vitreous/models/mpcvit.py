@@ -89,6 +89,7 @@ class MPCViT(Classifier):
         grid = patch_grid(self.img_size, patch_size, "MPCViT")
         tokens = grid[0] * grid[1] + 1
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.patch_embed.img_size = self.img_size  # type: ignore[assignment]  # what prepares pictures reads it there
         self.cls_token = Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = Parameter(torch.zeros(1, tokens, embed_dim))
         rates = calculate_drop_path_rates(drop_path_rate, depth)
