@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from support import GOLDENS, fill, small_vit
 from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous.blocks import plain_blocks
+from vitreous.models.revit import revit_shape
 from vitreous.prune import NViT
 from vitreous.prune.cut import separate
 from vitreous.prune.saliency import Latency, adjusted, after_removal, criterion
@@ -150,3 +152,20 @@ def test_refusals(images: Tensor) -> None:
     with pytest.raises(vt.VitreousError, match="cannot be reached"):
         NViT(keep=0.05, structures=("heads",)).apply(small_vit(), images)
     assert not vt.steps.history_of(NViT(keep=1.0).apply(small_vit(), images)).done[0][1]
+
+
+def test_the_published_shapes() -> None:
+    """ReViT-T and -S by the redistribution rule; scores are divided by the root of 64 whatever queries have."""
+    tiny, small = revit_shape(176), revit_shape(384)
+    assert tiny["heads"] == [10, 2, 2, 4, 4, 4, 4, 4, 4, 2, 2, 10] and small["heads"][1:4] == [4, 4, 8]
+    assert small["qk"][:4] == [32, 16, 16, 32] and small["mlp"] == [1152] * 3 + [2304] * 6 + [1152] * 3
+    with torch.device("meta"):
+        net = timm.create_model("revit_tiny")
+    q, proj = net.blocks[0].attn.q_proj, net.blocks[0].attn.proj
+    assert q.out_features == 160 and proj.in_features == 640 and net.blocks[0].attn.scale == 1 / 8
+    net = timm.create_model("revit_tiny", width=104, img_size=32, num_classes=7).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert net(x).shape == (2, 7) and vt.read(net).plain
+    vt.tokens.EViT(keep=0.5).apply(net)(x)
+    with pytest.raises(vt.VitreousError, match="without heads"):
+        revit_shape(64)
