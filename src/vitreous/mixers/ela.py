@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import VitreousError
@@ -38,5 +39,11 @@ class ELA(nn.Module):
         self.gn = nn.GroupNorm(parts, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = (self.gn(self.conv(x.mean(axis))).sigmoid() for axis in (3, 2))
+        rows, columns = (self.normed(self.conv(x.mean(axis))).sigmoid() for axis in (3, 2))
         return x * rows.unsqueeze(3) * columns.unsqueeze(2)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What `gn` computes, also of a single number a group, which torch refuses for a batch of one."""
+        x = x.unflatten(1, (self.gn.num_groups, -1))
+        x = F.layer_norm(x, x.shape[2:], eps=self.gn.eps).flatten(1, 2)
+        return x * self.gn.weight[:, None] + self.gn.bias[:, None]
