@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -52,3 +53,11 @@ def test_the_meta_device_counts_as_the_processor_does() -> None:
 
     model = timm.create_model("van_b0").eval()
     assert measured("van_b0")["gmacs"] == macs(model, torch.zeros(1, 3, 224, 224)) / 1e9
+
+
+@pytest.mark.parametrize("family", ["prune", "deploy", "data"])
+def test_entries_are_there(family: str) -> None:
+    for row in listed(family):
+        for entry in row["entry"].split(", "):
+            module, _, name = entry.rpartition(".")
+            assert hasattr(importlib.import_module(module), name), entry
