@@ -1,8 +1,9 @@
-"""Official checkpoints for another size of images say so, and which."""
+"""Official checkpoints for another size of images say so, and which; and bring their classes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,16 @@ def test_load_official_says_which_size_to_pass() -> None:
     with pytest.raises(VitreousError, match=r"do not fit") as caught:
         load_official("vir--tiny", state, depth=1)
     assert "img_size" not in str(caught.value), "another model altogether"
+
+
+def test_classes_are_the_checkpoints() -> None:
+    state = vt.open("vir_tiny", depth=1, num_classes=5).state_dict()
+    model: Any = load_official("vir--tiny", state, depth=1)
+    assert model.num_classes == 5 and torch.equal(model.head.weight, state["head.weight"])
+    with pytest.raises(VitreousError, match="do not fit"):
+        load_official("vir--tiny", state, depth=1, num_classes=4)
+    with pytest.raises(VitreousError, match="do not fit"):
+        load_official("vir--tiny", {**state, "head.weight": torch.zeros(5, 7)}, depth=1)
 
 
 def test_open_says_which_size_to_pass(tmp_path: Path) -> None:

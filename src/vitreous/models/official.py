@@ -119,13 +119,25 @@ def fitting_side(build: Build, fits: Callable[[nn.Module], bool]) -> int | None:
     return None
 
 
+def take_classes(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Give `model` as many classes as the head in `state` has, where it is a linear layer of the model's width."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    inside = set(head.modules()) if isinstance(head, nn.Module) else set()
+    for name, m in model.named_modules():
+        if m in inside and isinstance(m, nn.Linear) and m.out_features == model.num_classes:
+            weight = state.get(f"{name}.weight", m.weight)
+            if weight.shape[1:] == m.weight.shape[1:] and len(weight) != model.num_classes:
+                model.reset_classifier(len(weight))
+                return
+
+
 def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> nn.Module:
     """The published `variant` with the weights of its official checkpoint, in eval mode.
 
     `variant` is the official name, as "pvt_tiny", or "system--variant" where several papers use one name (a bare "tiny" is
     told apart by its tensors). `state` has the official repository's own names and is used strictly: a tensor that is
     missing, left over or of another shape raises VitreousError, which names the `img_size` to pass where that is all there is to
-    it. `kwargs` go to the variant's builder.
+    it. There are as many classes as the checkpoint's head has. `kwargs` go to the variant's builder.
     """
     found = [n for n in _published if n == variant or n.partition("--")[2] == variant]
     if not found:
@@ -137,6 +149,8 @@ def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> n
         model = build(**kwargs)
         try:
             ours = convert(dict(state))
+            if "num_classes" not in kwargs:
+                take_classes(model, ours)
             model.load_state_dict(ours, strict=True)
         except (RuntimeError, KeyError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
