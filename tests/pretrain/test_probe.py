@@ -139,3 +139,25 @@ def test_reconstructions_are_seen(method, photos, tmp_path, monkeypatch, capsys)
     assert "reconstructed written" in out and drawn.width > 2.9 * drawn.height
     status, _, err = command(monkeypatch, capsys, "see", str(picture), str(tmp_path), "--reconstruct", "--overwrite")
     assert status == 2 and "holds no run" in err
+
+
+def test_several_labels_a_picture() -> None:
+    x, y = pictures(32)
+    shares = torch.cat([F.one_hot(y, 4), torch.ones(32, 1, dtype=torch.long)], 1)
+    found = vt.probe(
+        vit(patch_size=8, classes=0), (x, shares), (x, shares), ("knn", "linear", "finetune"), epochs=1, batch=16, augment=None
+    )
+    assert found["linear_auc_0"] > 0.9 and "linear_auc_4" not in found and "knn" not in found and "finetune_auc" in found
+
+
+@pytest.mark.parametrize(
+    ("images", "match"),
+    [
+        (torch.zeros(8, 4, 16, 16), "takes 3 channels and the pictures have 4"),
+        (torch.zeros(8, 3, 18, 16), "do not divide"),
+        (torch.zeros(8, 3, 32, 32), "takes pictures of 16 × 16"),
+    ],
+)
+def test_inputs_that_do_not_fit(images, match) -> None:
+    with pytest.raises(vt.VitreousError, match=match):
+        vt.pretrain(vit(patch_size=4, classes=0), (images, None), "SimMIM()", epochs=1, batch=8)

@@ -101,9 +101,31 @@ def pretrain(
     if augment == "crop" and isinstance(data, Data):
         config = preparation(model).config
         augment = Crop(tuple(config["input_size"][1:]), made[0].crop, tuple(config["mean"]), tuple(config["std"]))
+    _fits(model, data.tensor([0]) if isinstance(data, Data) else data[0][:1])
     folder = None if out is None else Path(out)
     some = data.part(range(min(len(data), LOOKED_AT))) if isinstance(data, Data) else (data[0][:LOOKED_AT], None)
     watch = Watch(some, say, folder)
     encoder = train(model, data, [*made, watch], optimiser, epochs=epochs, batch=batch, augment=augment, out=out, **settings)
     watch.look(encoder)
     return encoder
+
+
+def _fits(model: nn.Module, x: Tensor) -> None:
+    """Raise `VitreousError` for inputs of other channels than the model's, or of a size that it cannot cut into patches."""
+    embed: Any = getattr(model, "patch_embed", None)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", None)
+    if channels is not None and x.shape[1] != channels:
+        raise VitreousError(
+            f"the model takes {channels} channels and the pictures have {x.shape[1]}: open it with in_chans={x.shape[1]}"
+        )
+    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if size is not None and patch is not None and tuple(size) != tuple(x.shape[2:]):
+        wrong = (
+            "which its patches do not divide"
+            if any(n % p for n, p in zip(x.shape[2:], patch, strict=False))
+            else "not of that size"
+        )
+        raise VitreousError(
+            f"the model takes pictures of {size[0]} × {size[1]}, and these are {' × '.join(map(str, x.shape[2:]))}, {wrong}: "
+            "open it with img_size="
+        )
