@@ -1,4 +1,5 @@
-"""Steps that add small trainable parts to a model and leave the rest frozen: prompts, registers, a side network, a head."""
+"""Steps that add small trainable parts and leave the rest frozen (prompts, registers, a side network, a head), or layers to learn
+with all the rest (learnable spacings, attention by row and column)."""
 
 from .dcls import DCLS
 from .ela import ELA
