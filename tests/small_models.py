@@ -101,14 +101,14 @@ SMALL: dict[str, Small] = {
     ),
     "overlock": Small(
         "overlock_xt",
-        dict(embed_dims=(16, 16, 16, 32), depths=(1, 1, 1, 1), sub_depths=(2, 1), sub_num_heads=(1, 2), kernels=(7, 7, 7, 7)),
+        dict(embed_dims=(16, 16, 16, 32), depths=(1, 0, 0, 1), sub_depths=(1, 1), sub_num_heads=(1, 2), kernels=(7, 7, 7, 7)),
         attention=False,
         unused=("aux_head",),  # reads the Overview-Net in `forward_auxiliary`
     ),
-    "litv2": Small("litv2_s", dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 4, 4), alpha=0.5)),
-    "hornet": Small("hornet_tiny_gf", dict(img_size=64, base_dim=16, depths=(1, 1, 1, 1)), attention=False),
-    "cas-vit": Small("rcvit_xs", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
-    "pvt": Small("pvt_tiny", dict(img_size=64, embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))),
+    "litv2": Small("litv2_s", dict(embed_dim=16, depths=(1, 0, 0, 1), num_heads=(1, 1, 4, 4), alpha=0.5)),
+    "hornet": Small("hornet_tiny_gf", dict(img_size=64, base_dim=16, depths=(1, 0, 0, 1)), attention=False),
+    "cas-vit": Small("rcvit_xs", dict(embed_dims=(16, 16, 24, 32), depths=(1, 0, 0, 1)), attention=False),
+    "pvt": Small("pvt_tiny", dict(img_size=64, embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 0, 0, 1))),
     "lsnet": Small(
         "lsnet_t",
         dict(img_size=128, embed_dims=(16, 32, 32, 48), depths=(1, 2, 2, 2), num_heads=2, key_dim=8),
@@ -129,7 +129,7 @@ SMALL: dict[str, Small] = {
     ),
     "lwganet": Small("lwganet_l0", dict(embed_dim=16, depths=(1, 0, 1, 1), kernel=3, feature_dim=16), side=96, other_side=128),
     "l2vit": Small("l2vit_tiny", dict(embed_dims=(16, 16, 16, 32), depths=(2, 1, 1, 1), num_heads=(1, 1, 1, 2))),
-    "patnet": Small("patnet_t0", dict(embed_dim=8, depths=(1, 1, 1, 1), feature_dim=32)),
+    "patnet": Small("patnet_t0", dict(embed_dim=8, depths=(1, 0, 0, 1), feature_dim=32)),
     "vir": Small(
         "vir_tiny",
         dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2),
@@ -220,10 +220,10 @@ SMALL: dict[str, Small] = {
     "shift-equivariant-vit polyvit": Small(
         "polyvit_small", dict(patch_size=8, embed_dim=32, depth=1, num_heads=2), side=32, other_side=48
     ),
-    "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 1, 1, 1)), attention=False),
+    "van": Small("van_b0", dict(embed_dims=(16, 16, 24, 32), depths=(1, 0, 0, 1)), attention=False),
     "moh": Small(
         "moh_transnext_base_50",
-        dict(embed_dims=(24,) * 4, num_heads=(6,) * 4, shared_head=(2,) * 4, routed_head=(2,) * 4, depths=(1, 1, 1, 1)),
+        dict(embed_dims=(24,) * 4, num_heads=(6,) * 4, shared_head=(2,) * 4, routed_head=(2,) * 4, depths=(1, 0, 0, 1)),
     ),
     "t2t-vit": Small(
         "t2t_vit_7",
@@ -233,10 +233,10 @@ SMALL: dict[str, Small] = {
     ),
     "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=1, num_heads=3), attention=False),
     "vig-gla hierarchical": Small(
-        "vig_gla_h_t", dict(embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)), attention=False
+        "vig_gla_h_t", dict(embed_dim=16, depths=(1, 0, 0, 1), num_heads=(1, 1, 2, 2)), attention=False
     ),
-    "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(1, 1, 1, 1)), attention=False),
-    "msvmamba v3": Small("msvmambav3_tiny_224", dict(embed_dim=16, depths=(1, 1, 1, 1)), attention=False),
+    "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(1, 0, 0, 1)), attention=False),
+    "msvmamba v3": Small("msvmambav3_tiny_224", dict(embed_dim=16, depths=(1, 0, 0, 1)), attention=False),
     "channelvit": Small("channelvit_small", dict(img_size=64, embed_dim=32, num_heads=2, depth=2)),
     "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
     "gmm-attention": Small(
@@ -314,7 +314,7 @@ SMALL: dict[str, Small] = {
     ),
     "spectformer": Small(
         "spectformer_s",
-        dict(img_size=64, stem_hidden_dim=8, embed_dims=(16, 16, 24, 32), num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1)),
+        dict(img_size=64, stem_hidden_dim=8, embed_dims=(16, 16, 24, 32), num_heads=(1, 1, 2, 2), depths=(1, 0, 0, 1)),
         other_side=None,
         resized=dict(img_size=96),
     ),

@@ -49,6 +49,9 @@ def test_pixel_wise_is_the_divergence_from_the_better():
     p, q = a.softmax(1), b.softmax(1)
     wanted = (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(pixel_wise(a, b, torch.ones(2, 3)).double(), wanted, rtol=1e-5, atol=1e-6)
+    p, q = ((z / 3).double().softmax(1) for z in (a, b))
+    soft = 9 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(pixel_wise(a, b, torch.ones(2, 3), tau=3.0).double(), soft, rtol=1e-5, atol=1e-6)
 
 
 class Segmenter(nn.Module):

@@ -176,3 +176,10 @@ def test_several_classes_without_labels_are_known_when_told(x: Tensor) -> None:
     assert found.agreement is not None and found.agreement.value == pytest.approx(float(alike)) and found.accuracy is None
     other, _ = answers({"a": a, "b": b}, x)
     assert other.agreement is not None and other.agreement.value != found.agreement.value
+
+
+def test_a_neighbour_that_is_as_near_is_no_loss() -> None:
+    """From the first image the two others are 10° away, but for rounding: which of them is found says nothing."""
+    turned = lambda *degrees: torch.stack([torch.tensor(degrees).deg2rad().cos(), torch.tensor(degrees).deg2rad().sin()], 1)
+    kept = neighbours_kept(turned(0.0, 10.0, -10.001), turned(0.0, 10.001, -10.0))
+    assert kept is not None and kept.value == 1

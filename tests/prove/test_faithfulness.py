@@ -159,6 +159,17 @@ class TestSanity:
         assert [len(names) for names in order] == [1, 1, 2, 3, 4], order
         assert order[0] == {"third.weight"} and order[2] - order[0] == {"second.weight"} and "unused.weight" not in order[3]
 
+    def test_the_classifier_comes_first_whatever_runs_behind_it(self) -> None:
+        torch.manual_seed(0)
+        scaled = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 5), nn.BatchNorm1d(5)).eval()
+        scaled.vitreous_embeds = False  # type: ignore[assignment]
+        with torch.no_grad():
+            scaled[3].weight.normal_()
+        state = {n: p.clone() for n, p in scaled.named_parameters()}
+        name, random = next(randomised(scaled, torch.randn(1, 3, 2, 2), 0))
+        changed = {n for n, p in random.named_parameters() if not torch.equal(p, state[n])}
+        assert (name, changed) == ("classifier", {"2.weight", "2.bias"})
+
     def test_rank_correlation(self) -> None:
         a = np.array([[[1.0, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[1, 1, 1]]])
         b = np.array([[[10.0, 20, 999]], [[3, 2, 1]], [[2, 2, 2]], [[1, 2, 3]]])

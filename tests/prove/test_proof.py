@@ -100,6 +100,14 @@ def test_drift_is_the_share_that_moved(vit, images, quick):
     assert proof["b"].drift.total_variation.value == pytest.approx(0.25)
     assert proof["b"].drift.rank_correlation is None  # a constant heatmap has no ranks
     assert total_variation(np.array([[[1.0, 0.0]]]), np.array([[[0.0, 5.0]]])) == 1.0
+    assert total_variation(np.zeros((1, 1, 4)), np.array([[[2.0, 0, 0, 0]]])) == 0.75  # what says nothing is uniform
+
+
+def test_drift_in_ranks_asks_for_the_order_alone(vit, images, quick):
+    even, steep = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 2.0, 3.0, 999.0]])
+    models = {"a": vit, "b": copy.deepcopy(vit)}
+    proof = prove(models, images, explain=lambda model, x: (even if model is vit else steep).expand(len(x), 1, 4), **quick)
+    assert proof["b"].drift.rank_correlation.value == pytest.approx(1)
 
 
 def test_why_there_is_no_drift_is_kept(vit, other, images, explain, quick):

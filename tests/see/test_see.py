@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from vitreous.blocks import traced
 from vitreous.errors import VitreousError
 from vitreous.glass import glass
 from vitreous.quant import RepQ
+from vitreous.see.rollout import multiply
 from vitreous.steps import Step, slim
 from vitreous.tokens import EViT, ToMe
 
@@ -398,3 +400,13 @@ def test_a_model_without_classes_is_explained_by_its_features(images: Tensor) ->
     expected = (slopes.mean(1, keepdim=True) * kept[0][:, 1:]).sum(2).relu().view(6, 4, 4).detach()
     torch.testing.assert_close(see.grad_cam(model, images), expected, atol=1e-5, rtol=1e-3)
     assert see.grad_cam(model, images, target=5).max() > 0
+
+
+def test_pooling_by_several_queries_is_read_by_their_mean() -> None:
+    """By hand: the queries read [0, ½, ½] on average; half of the third token is its own, half the first's."""
+    layer = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [1, 0, 0]]])
+    queries = torch.tensor([[[0.0, 0, 1], [0, 1, 0]]])
+    anatomy: Any = SimpleNamespace(prefix=0, blocks=[], kind="a model")
+    layers = [("first", layer), ("pooling", queries)]
+    heat = multiply(torch.zeros(1, 3, 4, 4), layers, [], anatomy, (1, 3), torch.ones(1, 1), 0.0, "rollout")
+    assert heat.tolist() == [[[0.25, 0.5, 0.25]]]

@@ -119,6 +119,20 @@ def test_first_stage_teaches_the_predictor_alone(images: Tensor) -> None:
         connectivity_loss(vit, images)
 
 
+def test_first_stage_is_the_distance_at_the_queries_of_patches(images: Tensor) -> None:
+    vit, each = small_vit(depth=2), []
+    sparse, entering = slim(vit, Sparsifiner()), []
+    for block in vit.blocks:
+        block.attn.register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+    with torch.no_grad():
+        vit(images)
+        for block, x in zip(sparse.blocks, entering, strict=True):
+            _, q, k = block.attn(x, look=True)
+            apart = block.attn.predictor.approximation(q, k) - (q @ k.mT / 4).softmax(-1)
+            each.append(sum(float(apart[:, :, i].square().sum()) for i in range(1, 17)) / len(images))
+        assert float(connectivity_loss(sparse, images)) == pytest.approx(sum(each) / 2, rel=1e-4)
+
+
 def test_second_stage(images: Tensor) -> None:
     vit, labels = small_vit(depth=2), torch.arange(6)
     same = slim(vit, Sparsifiner(budget=1.0))
@@ -126,7 +140,13 @@ def test_second_stage(images: Tensor) -> None:
     for steps in ([Sparsifiner()], [EViT(keep=0.5, at=(0,)), Sparsifiner()]):
         sparse = slim(vit, steps)
         loss = sparsifiner_distillation(sparse, vit, images, labels)
-        assert loss > F.cross_entropy(sparse(images), labels) + 1e-4
+        p, q = vit(images).softmax(1), sparse(images).softmax(1)
+        theirs, ours = vit.forward_features(images), sparse.forward_features(images)
+        if theirs.shape != ours.shape:  # of what is left the class token alone has its like
+            theirs, ours = theirs[:, :1], ours[:, :1]
+        expected = (p * (p / q).log()).sum(1).mean() / 2 + (theirs - ours).square().mean() / 2
+        torch.testing.assert_close(loss, F.cross_entropy(sparse(images), labels) + expected)
+        assert expected > 1e-4
         loss.backward()
         own = {id(p) for p in predictor_parameters(sparse)}
         assert not [n for n, p in sparse.named_parameters() if id(p) not in own and p.grad is None]
