@@ -60,6 +60,9 @@ def test_dropped_calibrated_and_kept(data):
         torch.equal(everything.labelled(data[0][0], 0)[0], cut(data[0][0], torch.tensor([0, 0, 8, 8]), False, (16, 16)))
         for _ in range(5)
     )
+    easy = FerKD(calibrated(data, [0.97, 0.99, 0.8]), drop_above=0.95).bound(vit(), data)
+    third = cut(data[0][0], torch.tensor([0, 8, 16, 8]), False, (16, 16))
+    assert all(torch.equal(easy.labelled(data[0][0], 0)[0], third) for _ in range(9))
 
 
 def test_selfmix_stays_within_the_picture_and_mixes_labels_by_area(data):

@@ -21,6 +21,7 @@ from vitreous.learn.heal import objectives_for
 from vitreous.learn.long_tail import deit_lt
 from vitreous.learn.measure import accuracy_on
 from vitreous.learn.nkd import nkd, uskd
+from vitreous.learn.sam import ascend
 from vitreous.learn.sgd_sai import SGDSaIOptimizer
 
 STEP = dict(epochs=1, batch=16, augment=None, warmup=0, clip=None)
@@ -207,18 +208,10 @@ def test_labels_that_mark_several_classes_are_learnt_one_by_one():
     assert accuracy_on(net, (x, marks)) == pytest.approx(float((said == marks).float().mean()))
 
 
-def test_retrieval_picture_by_picture():
-    """Each asks for all others: how soon one of its class comes, and how many of the first R do, R being how many there are."""
-    features, labels = (
-        torch.randn(12, 3, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [3]),
-    )
-    unit, first, precise = features / features.norm(dim=1, keepdim=True), [], []
-    for i in range(11):  # nobody is like the last
-        others = sorted((j for j in range(12) if j != i), key=lambda j: -float(unit[i] @ unit[j]))
-        right = [bool(labels[j] == labels[i]) for j in others]
-        first.append([any(right[:k]) for k in (1, 3)])
-        r = sum(right)
-        precise.append(sum(right[k] * sum(right[: k + 1]) / (k + 1) for k in range(r)) / r)
-    found, recall = vt.learn.retrieval(features, labels, (1, 3)), torch.tensor(first).float().mean(0).tolist()
-    assert found == pytest.approx({"recall@1": recall[0], "recall@3": recall[1], "map@r": sum(precise) / 11})
+def test_adaptive_sam_goes_further_where_weights_are_large():
+    p = nn.Parameter(torch.tensor([2.0, -1.0]))
+    p.grad = torch.tensor([1.0, 3.0])
+    restore = ascend([p], 0.5, adaptive=True)
+    torch.testing.assert_close(p.detach(), torch.tensor([2.0, -1.0]) + 0.5 * torch.tensor([4.0, 3.0]) / 13**0.5)
+    restore()
+    assert p.tolist() == [2.0, -1.0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitreous.errors import VitreousError
 from vitreous.prove.answers import Answers, compare
 from vitreous.prove.batches import batches
+from vitreous.prove.cautions import caution
 from vitreous.prove.distances import neighbours_kept
 from vitreous.prove.subject import named
 
@@ -183,3 +184,9 @@ def test_a_neighbour_that_is_as_near_is_no_loss() -> None:
     turned = lambda *degrees: torch.stack([torch.tensor(degrees).deg2rad().cos(), torch.tensor(degrees).deg2rad().sin()], 1)
     kept = neighbours_kept(turned(0.0, 10.0, -10.001), turned(0.0, 10.001, -10.0))
     assert kept is not None and kept.value == 1
+
+
+def test_two_classes_for_each_other_are_no_other_order_of_all() -> None:
+    truth = np.arange(600) % 10
+    swapped = np.where(truth == 0, 1, np.where(truth == 1, 0, truth))
+    assert caution("a", swapped, truth, 10) == "", "right for 80 %, which a muddled order would not be"

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitreous import see
 from vitreous.errors import VitreousError
 from vitreous.prune import Heads
+from vitreous.see.patterns import _label, _measures
 from vitreous.steps import slim
 from vitreous.tokens import EViT
 
@@ -105,3 +106,15 @@ def test_refusals(pictures: Tensor) -> None:
         see.patterns(small_vit(), pictures, clusters=0)
     with pytest.raises(VitreousError, match="tensor"):
         see.patterns(small_vit(), pictures[0])
+
+
+def test_what_a_uniform_head_has_by_itself_is_no_pattern() -> None:
+    """On 3 × 3 patches 49 of 81 pairs lie within a hop and 40 at one: enough for "local" and "ring", were it not for chance."""
+    patches, images, (h, w) = 9, 2.0, (3, 3)
+    among = torch.full((1, 1, patches, patches), images / patches)
+    told = images * torch.tensor([0.0, float(np.log(patches)), 1 / patches, 1.0])  # prefix, entropy, squares, and how many asked
+    total = torch.cat([among, told.expand(1, 1, patches, 4)], -1).double()
+    offsets = torch.full((1, 1, 2 * h - 1, 2 * w - 1), 1 / patches)
+    found = {name: float(v[0, 0]) for name, v in _measures(total, torch.arange(patches), (h, w), offsets).items()}
+    assert (found["near"], found["near_over_uniform"], found["ring"]) == (pytest.approx(49 / 81), pytest.approx(1), 0)
+    assert _label(found, offsets[0, 0].numpy(), (h, w)) == "global"

@@ -83,7 +83,7 @@ def distance(model: nn.Module, images: Images, batch: int = 16, seed: int = 0) -
             asking = asks[:, prefix:].float()
             rows = a[:, :, prefix:]
             among = rows[..., prefix:]
-            among = among / among.sum(-1, keepdim=True).clamp_min(1e-12) * asking[:, None, :, None]
+            among = among / among.sum(-1, keepdim=True).clamp_min(1e-12)  # 0 where a patch was given up
             count = asking.sum(1)[:, None]
             profile = among.flatten(2) @ weights / count[..., None]
             entropy = torch.special.entr(rows).sum((2, 3)) / count
