@@ -215,3 +215,13 @@ def test_adaptive_sam_goes_further_where_weights_are_large():
     torch.testing.assert_close(p.detach(), torch.tensor([2.0, -1.0]) + 0.5 * torch.tensor([4.0, 3.0]) / 13**0.5)
     restore()
     assert p.tolist() == [2.0, -1.0]
+
+
+def test_specific_distillation_weighs_both_tokens_by_alpha():
+    size = dict(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=4)
+    student = vt.open("deit_tiny_distilled_patch16_224", **size)
+    tokens, theirs, y = torch.randn(3, 2, 24), torch.randn(3, 4), torch.tensor([0, 3, 1])
+    seen, now = Seen(torch.zeros(3, 4), prefix=tokens), Now(student, teach=lambda *_: Seen(theirs))
+    found = vt.learn.SpecificDistillation(student, alpha=0.2)(seen, Batch(torch.zeros(3, 3, 16, 16), y, torch.arange(3)), now)
+    torch.testing.assert_close(found["cls"], 0.8 * F.cross_entropy(student.head(tokens[:, 0]), y))
+    torch.testing.assert_close(found["dist"], 0.2 * F.cross_entropy(student.head_dist(tokens[:, 1]), theirs.argmax(1)))
