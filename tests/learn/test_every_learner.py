@@ -28,6 +28,12 @@ SLIMMED = {
     "KeepZeros": vt.prune.TwoFour(),
     "GPUSQ": vt.prune.TwoFour(),
 }
+NARROW = {
+    "MAE": dict(width=16, depth=1, heads=2),
+    "FSFM": dict(width=16, depth=1),
+    "SelfPatch": dict(local=1, prototypes=64, patch_prototypes=32),
+    "POA": dict(local=0, prototypes=(64,)),
+}
 WITHOUT_LOSS = ("AttentionSparsity", "EWA", "KeepRate", "KeepZeros", "SlimFit")
 FOR_PLAIN = (
     "AlignToTable", "AttentionSparsity",
@@ -53,6 +59,8 @@ def made(name: str) -> vt.learn.Objective:
     if name == "SemanticProxies":
         return vt.learn.SemanticProxies(classes=4)
     fields = REGISTRY[name].__dataclass_fields__
+    if name in NARROW:
+        return REGISTRY[name](**NARROW[name])
     return REGISTRY[name](**({"teacher": vit(patch_size=4)} if "teacher" in fields else {}))
 
 
