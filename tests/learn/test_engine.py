@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vitreous as vt
-from vitreous.learn import CrossEntropy, Objective
+from vitreous.learn import CrossEntropy, Objective, engine
 
 KEYS = dict(epochs=3, batch=16, augment=None, seed=1)
 
@@ -208,3 +208,10 @@ def test_labels_out_of_range_and_nothing_to_train():
     frozen = vit().requires_grad_(False)
     with pytest.raises(vt.VitreousError, match="nothing to train"):
         vt.train(frozen, (x, y), **KEYS)
+
+
+def test_a_teacher_is_asked_anew_about_images_that_only_passed_by():
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False))
+    ask = engine._Teachers([], torch.device("cpu"))
+    for i in range(50):
+        assert float(ask(teacher, torch.full((1, 1, 2, 2), float(i))).logits) == pytest.approx(i * float(teacher[1].weight.sum()))

@@ -260,7 +260,7 @@ class _Teachers:
     """Runs each teacher once a piece, whoever asks."""
 
     def __init__(self, objectives: Sequence[Objective], device: torch.device) -> None:
-        self.seen: dict[Any, Seen] = {}
+        self.seen: dict[Any, tuple[Tensor, Seen]] = {}  # with the images, so that their id stays their own
         for o in objectives:
             for teacher in vars(o).values():
                 if isinstance(teacher, nn.Module):
@@ -281,7 +281,7 @@ class _Teachers:
         key = id(teacher), id(images), tuple(sorted(wants)), tuple(blocks), tuple(layers)
         if key not in self.seen:
             try:
-                self.seen[key] = look(teacher, images, wants, blocks, layers)
+                self.seen[key] = images, look(teacher, images, wants, blocks, layers)
             except (AssertionError, RuntimeError) as error:  # timm asserts the size, others fail at a shape
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -290,7 +290,7 @@ class _Teachers:
                     f"the teacher {type(teacher).__name__} cannot take the student's pictures of {shape} ({error}): "
                     "give a teacher, or a student, for pictures of the same size"
                 ) from error
-        return self.seen[key]
+        return self.seen[key][1]
 
 
 def _outputs(model: nn.Module, data: Data | Pair) -> int:
