@@ -33,7 +33,7 @@ ARGUMENTS = {
     "quant.ISViT": {"iterations": 2},
     "quant.GradientPTQ": {"iterations": 2},
 }
-STEPS = [make_step(name, **ARGUMENTS.get(name, {})) for name in sorted(REGISTRY)]
+STEPS = [make_step(name, **ARGUMENTS.get(name, {})) for name in sorted(REGISTRY) if name != "prune.MPCHeads"]
 PARTNERS = [make_step("tokens.EViT", keep=0.5), make_step("prune.Heads", share=0.34), make_step("quant.RepQ")]
 
 
