@@ -47,6 +47,22 @@ class Small:
 
 
 SMALL: dict[str, Small] = {
+    "elasticvit": Small(
+        "elastic_T1",
+        dict(
+            img_size=96,
+            stem=(8, 0, 3),
+            stages=((8, 1, 2, 3), (8, 1, 2, 3), (16, 0, 2, 2), (16, 1, 2, 2), (32, 0, 2, 2), (32, 1, 2, 2)),
+            least=(),
+            choice=(),
+            features=32,
+            head_ratio=2,
+        ),
+        side=96,
+        other_side=64,  # resized within
+        # The last norm of a block without stride begins at zero, so that at first nothing reaches what is before it.
+        unused=tuple(f"reductions.1.{n}" for n in ("pw_", "dw_", "se_", "pwl_conv")),
+    ),
     "vit-resnas": Small(
         "vit_resnas_tiny",
         dict(

@@ -33,8 +33,10 @@ def evolve(
     from ..data import training_data
     from ..errors import VitreousError
     from ..files import writable
+    from ..models.elasticvit import ElasticViT
     from ..models.vit_resnas import ViTResNAS
     from ..prune.subnet import Space, sort_units
+    from ..search.nets.elastic import search_elastic
     from ..search.nets.policy import search_policy
     from ..search.nets.resnas import search_resnas
     from ..search.nets.subnets import search_subnets
@@ -45,7 +47,7 @@ def evolve(
     net = opening.open(model)
     if steps := history_of(net).steps():
         raise VitreousError(f"sub-networks are cut from a model as it was trained, and this one was changed by {steps[0]}")
-    space = None if isinstance(net, ViTResNAS) else Space.of(net, depth, least, levels)
+    space = None if isinstance(net, ViTResNAS | ElasticViT) else Space.of(net, depth, least, levels)
     calibrate, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
     if isinstance(net, ViTResNAS):
         if macs is None:
@@ -58,6 +60,17 @@ def evolve(
         store.save_model(supernet.cut(genes), out)
         return
     images = calibrate.tensor(range(min(64, len(calibrate))))
+    if isinstance(net, ElasticViT):
+        if macs is None:
+            raise VitreousError("an elastic supernet is searched below a limit: give --macs")
+        if bits or sort or depth is not None:
+            raise VitreousError("an elastic supernet knows its sub-networks itself: leave --bits, --sort and --depth out")
+        with progress_bar() as bar:
+            found_at = dict(generations=5, population=max(4, measured // 5), seed=source.seed, progress=stages(bar))
+            cut_out, wrong, cost = search_elastic(net, check, macs, images, **found_at)  # type: ignore[arg-type]
+        print(f"{100 * wrong:.2f} % wrong, {cost / 1e6:.4g} MMACs, chosen on {len(check)} images; written to {out}")
+        store.save_model(cut_out, out)
+        return
     if sort:
         sort_units(net, images)
     printer = console()

@@ -9,6 +9,7 @@ from .collaborate import Collaborate, Students
 from .consistency import token_reduction_consistency
 from .dcls import Repulsion
 from .distill import KD, FeatureMatch
+from .elasticvit import ConflictAware, alpha_divergence
 from .engine import train
 from .ewa import EWA, merged, with_experts
 from .ferkd import CropLabels, FerKD, label_crops
@@ -59,6 +60,7 @@ __all__ = [
     "Batch",
     "BinaryCrossEntropy",
     "Collaborate",
+    "ConflictAware",
     "Connectivity",
     "CropLabels",
     "CrossEntropy",
@@ -94,6 +96,7 @@ __all__ = [
     "Students",
     "TokenReductionConsistency",
     "UniformSoup",
+    "alpha_divergence",
     "connectivity_loss",
     "effective_weights",
     "frd",
