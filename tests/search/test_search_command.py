@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,30 +106,39 @@ def test_stopped_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert status == 2 and "to go on: vitreous search" in err
 
 
-@pytest.mark.parametrize("fatal", [3])
-def test_killed_it_goes_on_and_repeats_no_trial(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor, fatal: int
-) -> None:
-    """A process is killed with SIGKILL while it times its `fatal`-th trial; the next one repeats none, and ends as one would
-    that was never stopped."""
+KILLED = """
+import os, pytest, signal, sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from searching import Tried
+from vitreous.search.budget import Goal
+
+torch.set_num_threads(1)
+patch, count = pytest.MonkeyPatch(), [0]
+tried = Tried(patch, Goal(budget=1.5), torch.load({images!r}))
+timed = tried.timed
+
+def killed(*given):
+    count[0] += 1
+    if count[0] > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    timed(*given)
+
+patch.setattr("vitreous.search.explore.timed", killed)
+tried.search(Path({out!r}), 2)
+"""
+
+
+def test_killed_it_goes_on_and_repeats_no_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: Tensor) -> None:
+    """A process is killed with SIGKILL while it times its third trial; the next one repeats none, and ends as one would that
+    was never stopped."""
     goal = Goal(budget=1.5)
     whole, _ = Tried(monkeypatch, goal, images).search(tmp_path / "whole", 2)
-    torch.set_num_threads(1)
-    child = os.fork()
-    if not child:  # pragma: no cover
-        tried = Tried(monkeypatch, goal, images)
-        timed, count = tried.timed, [0]
-
-        def killed(*given: Any) -> None:
-            count[0] += 1
-            if count[0] > fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            timed(*given)
-
-        monkeypatch.setattr("vitreous.search.explore.timed", killed)
-        tried.search(tmp_path / "killed", 2)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    torch.save(images, tmp_path / "images.pt")
+    tests, held, out = str(Path(__file__).parent.parent), str(tmp_path / "images.pt"), str(tmp_path / "killed")
+    script = KILLED.format(tests=tests, images=held, out=out)
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     before = (tmp_path / "killed" / "trials.jsonl").read_bytes()
     again, _ = Tried(monkeypatch, goal, images).search(tmp_path / "killed", 2)
     after = (tmp_path / "killed" / "trials.jsonl").read_bytes()

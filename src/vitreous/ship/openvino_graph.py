@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from functools import cache
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import VitreousError
 from .packed import reader
 
 if TYPE_CHECKING:
@@ -19,12 +21,12 @@ HEADS_BACK = [0, 2, 1, 3]  # `[B, heads, N, d]` to `[B, N, heads, d]`
 
 
 @cache
-def _core() -> openvino.Core:
+def _core() -> tuple[openvino.Core, int]:
     import openvino
 
     made = openvino.Core()
     made.add_extension(reader())
-    return made
+    return made, os.getpid()
 
 
 def core() -> openvino.Core:
@@ -33,9 +35,14 @@ def core() -> openvino.Core:
     The plugin for processors gives the thread that loads it an alternate stack for signals, and with the last of a core's
     models takes it away. Of two cores that end in the order in which they began, the second puts back the stack of the first,
     which is gone: the next signal, a Ctrl-C or the end of a process that loads pictures, is a segmentation fault.
+
+    Raises `VitreousError` in a fork of a process that has one: its threads are not there, and it would wait for them for ever.
     """
     with _MAKING:
-        return _core()
+        made, process = _core()
+    if process != os.getpid():
+        raise VitreousError('OpenVINO ran before this process was forked, and cannot run in the fork: start it by "spawn"')
+    return made
 
 
 def prepare(graph: openvino.Model) -> None:
