@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import timm
 import torch
 import torchvision
 import transformers
+import vit_pytorch
 from support import small_vit
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock
@@ -328,3 +331,27 @@ class TestReadOnce:
         del model
         gc.collect()
         assert gone() is None
+
+
+EINOPS: Any = dict(image_size=32, patch_size=8, num_classes=5, dim=32, depth=2, heads=2, dim_head=16, mlp_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("make", "inside"),
+    [(lambda: small_vit(depth=2), "blocks.0.norm1"), (lambda: vit_pytorch.ViT(**EINOPS).eval(), "to_patch_embedding")],
+)
+def test_another_thread_runs_the_model_while_it_is_read(make: Callable[[], nn.Module], inside: str) -> None:
+    """Neither takes what the other computes for its own, nor is stopped by it."""
+    model, x, answers = make(), torch.randn(1, 3, 32, 32), []
+    right = model(x)
+
+    def meanwhile(module: nn.Module, given: Any) -> None:
+        handle.remove()
+        with ThreadPoolExecutor(1) as other:
+            answers.append(other.submit(model, x).result())
+
+    handle = model.get_submodule(inside).register_forward_pre_hook(meanwhile)
+    found = read(model)
+    found.require_plain("reading")
+    assert found.grid == (4, 4) and len(answers) == 1
+    torch.testing.assert_close(answers[0], right)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .anatomy.parts import here
 from .errors import VitreousError
 from .glass.compiled import as_written
 
@@ -229,7 +230,7 @@ def _entered(model: nn.Module, x: Tensor) -> tuple[nn.Module | None, Tensor]:
     parameter = next(model.parameters(), x)
     training = [m for m in model.modules() if m.training]
     model.eval()
-    handle = asked.register_forward_pre_hook(note, with_kwargs=True)
+    handle = asked.register_forward_pre_hook(here(note), with_kwargs=True)
     try:
         with torch.no_grad(), as_written(model):
             one = x[:1].to(parameter)

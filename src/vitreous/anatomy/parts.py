@@ -10,6 +10,8 @@ only when it gives what its parts give when they are put together by that rule (
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -155,6 +157,12 @@ def run(block: nn.Module, x: Tensor, given: dict[str, Any]) -> Any:
     return out[0] if isinstance(out, tuple) and len(out) else out
 
 
+def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """`hook` for what this thread runs: others may run the model meanwhile, and are neither seen nor stopped."""
+    mine = get_ident()
+    return lambda *given: hook(*given) if get_ident() == mine else None
+
+
 def _watch(block: nn.Module, x: Tensor, given: dict[str, Any]) -> tuple[list[Call], Any]:
     calls: list[Call] = []
 
@@ -167,7 +175,7 @@ def _watch(block: nn.Module, x: Tensor, given: dict[str, Any]) -> tuple[list[Cal
 
         return hook
 
-    handles = [m.register_forward_hook(note(n), with_kwargs=True) for n, m in block.named_modules() if n]
+    handles = [m.register_forward_hook(here(note(n)), with_kwargs=True) for n, m in block.named_modules() if n]
     try:
         return calls, run(block, x, given)
     finally:

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .parts import here
+
 CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "cls")
 PREFIX = (*CLASS_TOKENS, "dist_token", "distillation_token", "register_tokens", "reg_token", "reg_tokens")
 NOT_CLASSES = ("proj", "pool", "neck", "embed")  # what a last layer is called that gives no classes
@@ -189,8 +191,8 @@ class Whole:
                 shapes.append((out.shape[-2], out.shape[-1]))
 
         reached = next(iter(block.children())) if isinstance(block, nn.ModuleList) else block
-        handles: list[Any] = [reached.register_forward_pre_hook(stop, with_kwargs=True)]
-        handles += [m.register_forward_hook(seen) for m in self.vit.modules() if isinstance(m, nn.Conv2d)]
+        handles: list[Any] = [reached.register_forward_pre_hook(here(stop), with_kwargs=True)]
+        handles += [m.register_forward_hook(here(seen)) for m in self.vit.modules() if isinstance(m, nn.Conv2d)]
         conv = next((m for m in self.vit.modules() if isinstance(m, nn.Conv2d)), None)
         reference = next(self.model.parameters())
         x = torch.zeros(1, 3 if conv is None else conv.in_channels * conv.groups // conv.groups, h, w).to(reference)
