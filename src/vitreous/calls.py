@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import types
 import typing
 import warnings
 from collections.abc import Mapping
@@ -48,6 +49,21 @@ def _one_call(node: ast.expr, example: str) -> tuple[str, dict[str, Any]]:
         raise VitreousError(f"cannot read {said}: parameters must be plain values") from None
 
 
+def _floated(value: Any, hint: Any) -> Any:
+    """`value` with its whole numbers as floats where the type hint wants floats alone, in tuples too."""
+    if fits(value, hint):
+        return value
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if fits(value, int) and fits(float(value), hint):
+        return float(value)
+    if origin in (typing.Union, types.UnionType):
+        return next((made for a in args if fits(made := _floated(value, a), a)), value)
+    if origin is tuple and isinstance(value, tuple):
+        wanted = args[:1] * len(value) if args[-1:] == (...,) else args
+        return tuple(map(_floated, value, wanted)) if len(wanted) == len(value) else value
+    return value
+
+
 def checked(cls: type[Kind], label: str, parameters: Mapping[str, Any]) -> Kind:
     """A dataclass made of `parameters` that fit its type hints; `label` names it in messages. Raises `VitreousError`."""
     hints = typing.get_type_hints(cls)
@@ -58,8 +74,7 @@ def checked(cls: type[Kind], label: str, parameters: Mapping[str, Any]) -> Kind:
             hint = nearest(key[:100], known) or f"; it has {', '.join(known) or 'none'}"
             raise VitreousError(f"{label} has no parameter '{key[:100]}'{hint}")
         value = tuple(value) if isinstance(value, list) else value
-        if isinstance(value, int) and fits(value, int) and not fits(value, hints[key]) and fits(float(value), hints[key]):
-            value = float(value)
+        value = _floated(value, hints[key])
         if not fits(value, hints[key]):
             huge = isinstance(value, int | float) and not isinstance(value, bool) and not fits(value, int | float)
             wanted_type = "finite and below 2⁵³" if huge else named(hints[key])
