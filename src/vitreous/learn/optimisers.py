@@ -40,6 +40,13 @@ class Optimiser:
         else:
             whole: Any = getattr(model, "no_weight_decay", set)()  # positions and the class token, as the model says
             groups = param_groups_layer_decay(model, self.weight_decay, whole, layer_decay=self.layer_decay)
+            # The final norm goes with the head, as in the papers' code; timm puts it with the last block.
+            last = {id(p) for n, p in model.named_parameters() if n.split(".")[0] in ("norm", "fc_norm")}
+            for group in list(groups):
+                norms = [p for p in group["params"] if id(p) in last]
+                if norms and self.layer_decay != 1:
+                    group["params"] = [p for p in group["params"] if id(p) not in last]
+                    groups.append({**group, "params": norms, "lr_scale": 1.0})
         groups = [g for g in groups + param_groups_weight_decay(parts, self.weight_decay) if g["params"]]
         if not groups:
             raise VitreousError("nothing to train: no parameter of the model requires a gradient; set requires_grad on some")
