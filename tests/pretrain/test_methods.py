@@ -12,6 +12,7 @@ from learning import pictures, vit
 import vitreous as vt
 from vitreous.learn import pretrain as p
 from vitreous.learn.objective import Batch, Now, Seen, look
+from vitreous.learn.pretrain.encode import at_size
 
 QUICK = dict(batch=16, augment=None)
 
@@ -26,6 +27,17 @@ def loss(objective, model, x, parts=None, labels=None, seed=0, share=0.0) -> dic
     now.teach = lambda teacher, images, wants=("logits",), *_: look(teacher, images, wants)
     torch.manual_seed(seed)
     return objective(Seen(x), Batch(x, labels, torch.arange(len(x))), now)
+
+
+def test_images_of_another_size_leave_the_model_as_it_was() -> None:
+    model, views = small(), torch.randn(2, 3, 8, 8)
+    held, order = model.pos_embed, [name for name, _ in model.named_parameters()]
+    at_size(model, type(model).forward_features, views).square().sum().backward()
+    assert held.grad is not None and held.grad.abs().sum() > 0
+    with pytest.raises(ZeroDivisionError):
+        at_size(model, lambda net, x: 1 / 0, views)
+    assert model.pos_embed is held and [name for name, _ in model.named_parameters()] == order
+    assert model.patch_embed.strict_img_size
 
 
 # ---- SimMIM and MAE

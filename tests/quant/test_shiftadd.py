@@ -48,6 +48,9 @@ def test_an_image_stands_alone_once_sizes_are_fixed() -> None:
     assert not torch.allclose(layer(x)[:1], layer(x[:1]))
     layer.fix(x)
     torch.testing.assert_close(layer(x)[:1], layer(x[:1]))
+    again = BinaryAttention(16, 2)
+    again.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(again(x[:1]), layer(x[:1]))
 
 
 def test_the_step_leaves_multiplications_where_it_was_not(images: Tensor) -> None:

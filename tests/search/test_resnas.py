@@ -100,5 +100,6 @@ def test_the_search_keeps_just_below_its_limit(
     words = ("evolve", net_file, "--limit", "40", "--measured", "20", "--out", out)
     status, said, _ = command(monkeypatch, capsys, *words, "--macs", str(limit))
     assert status == 0 and "MMACs" in said
-    status, _, err = command(monkeypatch, capsys, *words, "--overwrite")
-    assert status == 2 and "--macs" in err
+    for more, told in (((), "--macs"), (("--macs", "1e6", "--bits"), "--bits"), (("--macs", "1e6", "--sort"), "--sort")):
+        status, _, err = command(monkeypatch, capsys, *words, "--overwrite", *more)
+        assert status == 2 and told in err

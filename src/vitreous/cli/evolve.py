@@ -49,27 +49,25 @@ def evolve(
         raise VitreousError(f"sub-networks are cut from a model as it was trained, and this one was changed by {steps[0]}")
     space = None if isinstance(net, ViTResNAS | ElasticViT) else Space.of(net, depth, least, levels)
     calibrate, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
-    if isinstance(net, ViTResNAS):
-        if macs is None:
-            raise VitreousError("a vit_resnas is searched just below a limit: give --macs")
-        with progress_bar() as bar:
-            given = dict(least=least, levels=levels, population=max(4, measured // 5), generations=5)
-            genes, wrong, supernet = search_resnas(net, check, macs, seed=source.seed, progress=stages(bar), **given)  # type: ignore[arg-type]
-        said = f"{100 * wrong:.2f} % wrong, {supernet.macs(genes) / 1e6:.4g} MMACs"
-        print(f"{said}, chosen on {len(check)} images; written to {out}")
-        store.save_model(supernet.cut(genes), out)
-        return
     images = calibrate.tensor(range(min(64, len(calibrate))))
-    if isinstance(net, ElasticViT):
+    if isinstance(net, ViTResNAS | ElasticViT):
         if macs is None:
-            raise VitreousError("an elastic supernet is searched below a limit: give --macs")
+            raise VitreousError("this supernet is searched just below a limit: give --macs")
         if bits or sort or depth is not None:
-            raise VitreousError("an elastic supernet knows its sub-networks itself: leave --bits, --sort and --depth out")
+            raise VitreousError("this supernet knows its sub-networks itself: leave --bits, --sort and --depth out")
+        most, seed = max(4, measured // 5), source.seed
         with progress_bar() as bar:
-            found_at = dict(generations=5, population=max(4, measured // 5), seed=source.seed, progress=stages(bar))
-            cut_out, wrong, cost = search_elastic(net, check, macs, images, **found_at)  # type: ignore[arg-type]
+            if isinstance(net, ViTResNAS):
+                genes, wrong, supernet = search_resnas(
+                    net, check, macs, least=least, levels=levels, population=most, generations=5, seed=seed, progress=stages(bar)
+                )
+                smaller, cost = supernet.cut(genes), supernet.macs(genes)
+            else:
+                smaller, wrong, cost = search_elastic(
+                    net, check, macs, images, population=most, generations=5, seed=seed, progress=stages(bar)
+                )
         print(f"{100 * wrong:.2f} % wrong, {cost / 1e6:.4g} MMACs, chosen on {len(check)} images; written to {out}")
-        store.save_model(cut_out, out)
+        store.save_model(smaller, out)
         return
     if sort:
         sort_units(net, images)

@@ -17,7 +17,7 @@ from ..data import Data
 from ..errors import VitreousError
 from ..files import write_whole
 from ..learn import AdamW, heal, train
-from ..learn.objective import look
+from ..learn.objective import pooled
 from ..prune import Divergence
 
 SMALLER = 0.85  # by which a part that does not fit is pruned further
@@ -41,9 +41,7 @@ class EDViT(nn.Module):
 
     def features(self, i: int, x: Tensor) -> Tensor:
         """What part `i` sends for images `x`: `[B, widths[i]]`."""
-        seen = look(self.parts[i], x, ("pooled",)).pooled
-        assert seen is not None
-        return seen
+        return pooled(self.parts[i], x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fusion(torch.cat([self.features(i, x) for i in range(len(self.parts))], 1))
@@ -115,7 +113,7 @@ def ed_vit(
             batch = max(1, min(64, len(of)))
             made[i] = heal(made[i], model, data.part(of), epochs=epochs, batch=batch, augment="shift", seed=seed)
     x = data.tensor([0])
-    widths = [look(m, x.to(next(m.parameters())), ("pooled",)).pooled.shape[-1] for m in made]  # type: ignore[union-attr]
+    widths = [pooled(m, x.to(next(m.parameters()))).shape[-1] for m in made]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         whole = EDViT(made, sets, widths, len(data.classes))

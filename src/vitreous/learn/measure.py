@@ -9,7 +9,7 @@ from ..data import Data
 from ..outputs import answer, embeds
 from ..score import two
 from .batches import Pair, in_turn
-from .objective import Batch, Seen, look, several
+from .objective import Batch, Seen, pooled, several
 from .retrieval import retrieval
 
 
@@ -75,6 +75,6 @@ def features(model: nn.Module, data: Data | Pair, size: int = 64) -> Tensor:
     """`[N, D]`, float32: what the classifier of `model` reads of each image of `data`, or the answer where there is none."""
     device, training = next(model.parameters()).device, model.training
     with torch.inference_mode():
-        found = [look(model.eval(), x.to(device), ("pooled",)).pooled for x, _ in in_turn(data, size)]
+        found = [pooled(model.eval(), x.to(device)) for x, _ in in_turn(data, size)]
     model.train(training)
-    return torch.cat([f.float().cpu().flatten(1) for f in found if f is not None]).clone()
+    return torch.cat([f.float().cpu().flatten(1) for f in found]).clone()

@@ -239,3 +239,10 @@ def look(
     if "last" in tokens and anatomy is not None:
         seen.prefix, seen.patches = tokens["last"][:, : anatomy.prefix], tokens["last"][:, anatomy.prefix :]
     return seen
+
+
+def pooled(model: nn.Module, images: Tensor) -> Tensor:
+    """What the classifier of `model` reads of `images`, or its answer where it has none: `[B, C]`."""
+    found = look(model, images, ("pooled",)).pooled
+    assert found is not None
+    return found

@@ -44,7 +44,7 @@ class Optimiser:
             last = {id(p) for n, p in model.named_parameters() if n.split(".")[0] in ("norm", "fc_norm")}
             for group in list(groups):
                 norms = [p for p in group["params"] if id(p) in last]
-                if norms and self.layer_decay != 1:
+                if norms:
                     group["params"] = [p for p in group["params"] if id(p) not in last]
                     groups.append({**group, "params": norms, "lr_scale": 1.0})
         groups = [g for g in groups + param_groups_weight_decay(parts, self.weight_decay) if g["params"]]

@@ -70,11 +70,10 @@ def deal(model: ViTResNAS, images: int, examples: int, shares: list[float]) -> S
         return torch.tensor(options)[order].repeat_interleave(examples)[:images].to(next(model.parameters()).device)
 
     some = lambda size: dealt([max(1, round(s * size)) for s in shares])
-    blocks: list[Any] = [b for stage in model.stages for b in stage]  # type: ignore[attr-defined]
-    removable = [i % 2 == 1 for stage in model.stages for i in range(len(stage))]  # type: ignore[arg-type]
+    blocks = [b for stage in model.staged for b in stage]
     return Sizes(
-        tuple(some(stage[0].norm1.normalized_shape[0]) for stage in model.stages),  # type: ignore[index]
+        tuple(map(some, model.widths)),
         tuple(some(b.attn.heads) for b in blocks),
         tuple(some(b.fc1.out_features) for b in blocks),
-        tuple(dealt([1, 0] if second and len(shares) > 1 else [1]) for second in removable),
+        tuple(dealt([1, 0] if second and len(shares) > 1 else [1]) for second in model.removable),
     )

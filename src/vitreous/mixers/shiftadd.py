@@ -7,6 +7,8 @@ here has such kernels: all of it is computed in floats.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,8 @@ class BinaryAttention(nn.Module):
         self.q, self.kv = nn.Linear(channels, channels, bias=qkv_bias), nn.Linear(channels, 2 * channels, bias=qkv_bias)
         self.proj = nn.Linear(channels, channels)
         self.dconv = nn.Conv2d(num_heads, num_heads, (kernel, 1), padding=(kernel // 2, 0), groups=num_heads, bias=False)
-        self.sizes: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.sizes: Tensor | None
+        self.register_buffer("sizes", None)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -72,12 +75,18 @@ class BinaryAttention(nn.Module):
     def fix(self, x: Tensor) -> None:
         """Take the size of the codes from these tokens for good."""
         q, k, _ = self.heads(x)
-        self.sizes = tuple((t / t.norm(dim=-1, keepdim=True)).abs().mean() for t in (q, k))  # type: ignore[assignment]
+        self.sizes = torch.stack([(t / t.norm(dim=-1, keepdim=True)).abs().mean() for t in (q, k)])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if (held := state_dict.get(f"{prefix}sizes")) is not None:
+            self.sizes = torch.empty_like(held, device=self.proj.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         probs = (q * self.scale @ k.mT).softmax(-1) if self.sparse else None
-        q, k = (binary_codes(t / t.norm(dim=-1, keepdim=True), size) for t, size in zip((q, k), self.sizes, strict=True))
+        sizes = (None, None) if self.sizes is None else self.sizes.unbind()
+        q, k = (binary_codes(t / t.norm(dim=-1, keepdim=True), size) for t, size in zip((q, k), sizes, strict=True))
         y = 0.5 * v + q @ (k.mT @ v) / math.pi
         if probs is not None:
             y = y + (probs * (probs > 0.02)) @ v

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -182,19 +182,34 @@ class ViTResNAS(Classifier):
                 nn.init.zeros_(m.bias)
         self.reset_classifier(num_classes)
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of the stages."""
+        return [blocks[0].norm1.normalized_shape[0] for blocks in self.staged]
+
+    @property
+    def staged(self) -> list[list[Any]]:
+        """The blocks of each stage."""
+        return [list(cast(Any, stage)) for stage in self.stages]
+
+    @property
+    def removable(self) -> list[bool]:
+        """Of each block whether a smaller network may leave it out: every second of a stage."""
+        return [i % 2 == 1 for blocks in self.staged for i in range(len(blocks))]
+
     def forward_features(self, x: Tensor, sizes: Sizes | None = None) -> Tensor:
         """Images to tokens `[B, 1 + N, C]`, the class token first."""
         require_size(x, self.img_size, "ViTResNAS")
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         mask, n = None, 0
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(self.staged):
             if i:
                 x = self.reductions[i - 1](x, mask)
             if sizes is not None:
                 mask = prefix(sizes.widths[i], x.shape[2])
                 x = x * mask
-            for block in stage:  # type: ignore[union-attr]
+            for block in stage:
                 x = block(x, mask, None if sizes is None else (sizes.heads[n], sizes.hidden[n], sizes.present[n]))
                 n += 1
         return self.norm(x, mask)

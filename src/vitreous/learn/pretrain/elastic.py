@@ -89,7 +89,8 @@ def extract(model: nn.Module, width: int, depth: int) -> nn.Module:
     Raises `VitreousError` for a size that is no part of it: heads keep their width.
     """
     whole = plain(model)
-    head = whole.embed_dim // whole.blocks[0].attn.num_heads  # type: ignore[operator,union-attr]
+    attn: Any = whole.blocks[0].attn
+    head = whole.embed_dim // attn.num_heads
     if not head <= width <= whole.embed_dim or width % head or not 1 <= depth <= len(whole.blocks):
         raise VitreousError(
             f"this model holds widths up to {whole.embed_dim} in steps of {head}, and 1 to {len(whole.blocks)} blocks: "

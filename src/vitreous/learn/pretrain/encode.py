@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ...anatomy import read
 from ...errors import VitreousError
@@ -17,12 +18,13 @@ from ..objective import Objective, look
 
 
 class Shape(NamedTuple):
-    """`grid` of patches of `patch` pixels that enter the model, in pictures of `channels`; tokens that leave are `width` wide,
-    each for `stride` pixels a side."""
+    """`grid` of patches of `patch` pixels that enter the model, `embedded` wide, in pictures of `channels`; tokens that leave are
+    `width` wide, each for `stride` pixels a side."""
 
     grid: tuple[int, int]
     patch: tuple[int, int]
     channels: int
+    embedded: int
     width: int
     stride: int
 
@@ -38,7 +40,9 @@ def shape(model: nn.Module, name: str) -> Shape:
     info: Any = getattr(model, "feature_info", None)
     stride = info[-1]["reduction"] if info else patch[0]
     owner: Any = model
-    return Shape(grid, patch, proj.in_channels, owner.num_features, stride if isinstance(stride, int) else stride[0])
+    return Shape(
+        grid, patch, proj.in_channels, proj.out_channels, owner.num_features, stride if isinstance(stride, int) else stride[0]
+    )
 
 
 @contextmanager
@@ -80,29 +84,37 @@ def positions_at(model: nn.Module, grid: tuple[int, int]) -> Tensor:
     return torch.cat([table[:, :prefix], new.flatten(2).mT], 1)
 
 
-@contextmanager
-def of_size(model: nn.Module, height: int, width: int) -> Iterator[None]:
-    """While open, a model of timm built for one size of pictures takes another: its positions are resampled at each call, with
-    gradient. Raises `VitreousError` for one that has no table of positions, or whose patches do not divide the size."""
+class _Called(nn.Module):
+    """`call(model, …)` as a forward, which `functional_call` can run with other tensors."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.call(self.model, images)
+
+
+def called_with(model: nn.Module, tensors: Mapping[str, Tensor], call: Callable[[Any, Tensor], Tensor], images: Tensor) -> Tensor:
+    """`call(model, images)` with `tensors` in the place of parameters of these names, which gradients reach."""
+    return functional_call(_Called(model, call), {f"model.{name}": t for name, t in tensors.items()}, (images,))
+
+
+def at_size(model: nn.Module, call: Callable[[Any, Tensor], Tensor], images: Tensor) -> Tensor:
+    """`call(model, images)` of a model of timm, for images of another size than it is built for: its positions are resampled,
+    with gradient. Raises `VitreousError` for one that has no table of positions, or whose patches do not divide the size."""
     embed: Any = model.get_submodule("patch_embed")
-    side = embed.patch_size
+    (height, width), side = images.shape[2:], embed.patch_size
     if (height, width) == tuple(embed.img_size or ()):
-        yield
-        return
+        return call(model, images)
     if not isinstance(getattr(model, "pos_embed", None), nn.Parameter):
         raise VitreousError(f"{type(model).__name__} has no learned positions to resample for crops of {height} × {width}")
     if height % side[0] or width % side[1]:
         raise VitreousError(f"patches of {side[0]} × {side[1]} do not divide crops of {height} × {width}")
-    table, strict = model.pos_embed, embed.strict_img_size
-    new = positions_at(model, (height // side[0], width // side[1]))
-    embed.strict_img_size = False
-    del model._parameters["pos_embed"]
-    model.pos_embed = new  # type: ignore[assignment]  # a tensor for the time being, whose gradient reaches the table
+    strict, embed.strict_img_size = embed.strict_img_size, False
     try:
-        yield
+        return called_with(model, {"pos_embed": positions_at(model, (height // side[0], width // side[1]))}, call, images)
     finally:
-        del model.pos_embed
-        model._parameters["pos_embed"] = table  # type: ignore[assignment]
         embed.strict_img_size = strict
 
 

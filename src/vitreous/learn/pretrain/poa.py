@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,13 +12,12 @@ from weakref import WeakKeyDictionary
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .dino import DINOHead, cross_entropy, follow, koleo, rising, sinkhorn, twin, warm
 from .elastic import networks, plain, shrunk, sliced
-from .encode import hiding, of_size, shape
+from .encode import at_size, called_with, hiding, shape
 from .masks import blocks
 from .views import multi_crop
 
@@ -103,23 +103,17 @@ class POA(Objective):
         """`[B, 1 + N, w]` after the final norm, of the whole model or of the part of `size`; `mask [B, N]` hides patches."""
         whole = plain(model)
         if size is None:
-            with of_size(whole, views.shape[2], views.shape[3]):
-                if mask is None:
-                    return whole.forward_features(views)
-                with hiding(whole, mask, token):
-                    return whole.forward_features(views)
+            with nullcontext() if mask is None else hiding(whole, mask, token):
+                return at_size(whole, VisionTransformer.forward_features, views)
         held = _TEMPLATES.setdefault(model, {})
         if size not in held:
             held[size] = shrunk(whole, *size).to("meta")
             held[size].patch_embed.strict_img_size = False
-            held[size].forward = held[size].forward_features  # type: ignore[method-assign]
         part = held[size].train(model.training)
         side = shape(whole, "POA").patch
         tensors = sliced(whole, *size, (views.shape[2] // side[0], views.shape[3] // side[1]))
-        if mask is None:
-            return functional_call(part, tensors, (views,))
-        with hiding(part, mask, token[:, : size[0]]):
-            return functional_call(part, tensors, (views,))
+        with nullcontext() if mask is None else hiding(part, mask, token[:, : size[0]]):
+            return called_with(part, tensors, VisionTransformer.forward_features, views)
 
     def draw(self, grid: tuple[int, int], images: int) -> Tensor:
         """`[images, N]`: half of them hide 10 to 50 % in rectangles, the others nothing."""

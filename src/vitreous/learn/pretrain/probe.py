@@ -18,7 +18,7 @@ from ...errors import VitreousError, nearest
 from ..batches import Pair, in_turn, seed_everything
 from ..classify import BinaryCrossEntropy, CrossEntropy
 from ..engine import train
-from ..objective import look
+from ..objective import look, pooled
 from ..optimisers import AdamW
 
 PROTOCOLS = ("knn", "linear", "finetune")
@@ -50,9 +50,7 @@ def features(
             assert patches is not None
             out = patches.flatten(1, -2).mean(1)
         else:
-            pooled = look(model, x, {"pooled"}).pooled
-            assert pooled is not None
-            out = pooled.flatten(1)
+            out = pooled(model, x).flatten(1)
         found.append(out.float().cpu())
         labels.append(y)
     model.train(training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from ...anatomy import read
 from ..objective import Batch, Now, Objective, Seen, objective, positive
 from .cross import CrossBlock
 from .dino import DINOHead, cross_entropy, follow, rising, twin
-from .encode import of_size, patch_tokens, shape
+from .encode import at_size, patch_tokens, shape
 from .views import multi_crop
 
 
@@ -104,8 +105,7 @@ class SelfPatch(Objective):
 
     def outputs(self, backbone: nn.Module, side: Any, views: Tensor, grid: tuple[int, int] | None, frozen: bool) -> list[Tensor]:
         """Class logits `[B, 1, K]` and patch logits `[B, N, K']`; with `grid`, as the teacher has them."""
-        with of_size(backbone, views.shape[2], views.shape[3]):
-            tokens = patch_tokens(backbone, views, norm=False)
+        tokens = at_size(backbone, partial(patch_tokens, norm=False), views)
         seen = side.ca_head(tokens, grid, self.k)
         return [side.c_head(seen[:, :1], frozen), side.p_head(seen[:, 1:], frozen)]
 

@@ -68,7 +68,7 @@ class SimMIM(Objective):
         if s.patch[0] != s.patch[1]:
             raise VitreousError(f"SimMIM: patches must be square, not {s.patch[0]} × {s.patch[1]}")
         self.draw(model, 1)
-        return PixelDecoder(model.get_submodule("patch_embed.proj").out_channels, s.width, s.stride, s.channels)  # type: ignore[arg-type]
+        return PixelDecoder(s.embedded, s.width, s.stride, s.channels)
 
     def draw(self, model: nn.Module, images: int) -> Tensor:
         """A mask `[B, h, w]` for each of so many images."""

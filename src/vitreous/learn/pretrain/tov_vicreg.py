@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...data.transform import preparation
 from ...errors import VitreousError
-from ..objective import Batch, Now, Objective, Seen, look, objective, positive
+from ..objective import Batch, Now, Objective, Seen, objective, pooled, positive
 from .beside import array_of, rows_of
-from .encode import of_size, shape
+from .encode import at_size, shape
 from .views import coloured, cropped
 
 ORDERS = tuple(permutations(range(3)))
@@ -88,10 +88,7 @@ class TOVVICReg(Objective):
         """`[B, C]`, what a classifier would read; of a size that patches do not divide the rest is left out."""
         side = shape(model, "TOVVICReg").patch
         h, w = (n // p * p for n, p in zip(x.shape[2:], side, strict=True))
-        with of_size(model, h, w):
-            pooled = look(model, x[:, :, :h, :w], {"pooled"}).pooled
-        assert pooled is not None
-        return pooled
+        return at_size(model, pooled, x[:, :, :h, :w])
 
     def losses(self, parts: Any, x: Tensor, y: Tensor, before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The four terms, not yet weighted, of features `[B, C]` of two views and both neighbours."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,18 @@ class Supernet:
 
     def __init__(self, model: ViTResNAS, least: float = 0.5, count: int = 3) -> None:
         self.model, self.shares = model, levels(least, count)
-        self.stages = cast(list[Any], list(model.stages))
-        self.blocks: list[Any] = [b for stage in self.stages for b in stage]
-        self.second = [i % 2 == 1 for stage in self.stages for i in range(len(stage))]
+        self.stages = model.staged
+        self.blocks = [b for stage in self.stages for b in stage]
 
     @property
     def choices(self) -> list[int]:
         n = len(self.shares)
-        return [n] * (3 + 2 * len(self.blocks)) + [2 if s else 1 for s in self.second]
+        return [n] * (3 + 2 * len(self.blocks)) + [2 if s else 1 for s in self.model.removable]
 
     def decode(self, genes: Genes) -> tuple[list[int], list[int], list[int], list[int]]:
         """Widths, heads, hidden units and presence."""
         n, some = len(self.blocks), lambda g, size: max(1, round(self.shares[g] * size))
-        widths = [some(g, stage[0].norm1.normalized_shape[0]) for g, stage in zip(genes, self.stages, strict=False)]
+        widths = [some(g, width) for g, width in zip(genes, self.model.widths, strict=False)]
         heads = [some(g, b.attn.heads) for g, b in zip(genes[3:], self.blocks, strict=False)]
         hidden = [some(g, b.fc1.out_features) for g, b in zip(genes[3 + n :], self.blocks, strict=False)]
         return widths, heads, hidden, [1 - g for g in genes[3 + 2 * n :]]
