@@ -9,7 +9,7 @@ that code has the layer only.
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,9 +127,9 @@ class TokenHyena(nn.Module):
 class ReleasedLayer(nn.Module):
     """The released layer alone, on maps `[B, C, side, side]`; `[B, side, side, C]` out."""
 
-    def __init__(self, channels: int, **kwargs: int | bool | str) -> None:
+    def __init__(self, channels: int, **kwargs: Any) -> None:
         super().__init__()
-        self.op = HyenaOperator(channels, **kwargs)  # type: ignore[arg-type]
+        self.op = HyenaOperator(channels, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x.permute(0, 2, 3, 1))

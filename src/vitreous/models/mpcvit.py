@@ -92,9 +92,9 @@ class MPCViT(Classifier):
         self.patch_embed.img_size = self.img_size  # type: ignore[assignment]  # what prepares pictures reads it there
         self.cls_token = Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = Parameter(torch.zeros(1, tokens, embed_dim))
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = cast(list[float], calculate_drop_path_rates(drop_path_rate, depth))
         hidden, counted = int(embed_dim * mlp_ratio), tokens if linear_gelu else None
-        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, hidden, float(r), counted) for r in rates))  # type: ignore[arg-type]
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, hidden, r, counted) for r in rates))
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(init_weights)
         trunc_normal_(self.pos_embed, std=0.2)

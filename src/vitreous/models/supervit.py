@@ -51,8 +51,8 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def supervit(**kwargs: Any) -> nn.Module:
-    given = dict(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=12, num_classes=100)
-    return VisionTransformer(**{**given, **kwargs}, block_fn=PostNormBlock, norm_layer=partial(nn.LayerNorm, eps=1e-6))  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(img_size=64, patch_size=16, embed_dim=192, depth=12, num_heads=12, num_classes=100)
+    return VisionTransformer(**{**given, **kwargs}, block_fn=PostNormBlock, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
 official("instatune--supervit", supervit, convert)
