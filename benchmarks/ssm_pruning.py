@@ -18,10 +18,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.layers import PatchEmbed
-from token_architectures import fashion, patches
-from tokens import DOCS, keep, train
+from token_architectures import fashion, patches, taught
+from tokens import DOCS
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -37,22 +36,8 @@ def made(x: Tensor, y: Tensor, a: argparse.Namespace) -> nn.Module:
     torch.manual_seed(a.seed)
     model = Adventurer(img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=4)
     model.patch_embed = cast(PatchEmbed, patches())
-    path = a.out / f"adventurer-{len(x)}x{a.epochs}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    began, told = time.time(), 0
-
-    def tick(done: float) -> None:
-        nonlocal told
-        if int(10 * done) > told:
-            told = int(10 * done)
-            print(f"{told}0 % after {time.time() - began:.0f} s", flush=True)
-
     loss = lambda images, labels, _: F.cross_entropy(model(images), labels)
-    train(model, loss, x, y, parameters=list(model.parameters()), epochs=a.epochs, lr=a.lr, seed=a.seed, tick=tick)
-    keep(model, path)
-    return model
+    return taught(model, "adventurer", loss, x, y, a)
 
 
 def right(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -141,9 +141,8 @@ def fashion(split: str, a: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return x, torch.from_numpy(labels.copy()).long()
 
 
-def trained(name: str, x: Tensor, y: Tensor, a: argparse.Namespace) -> nn.Module:
-    torch.manual_seed(a.seed)
-    model = BUILD[name]()
+def taught(model: nn.Module, name: str, loss: Callable[..., Tensor], x: Tensor, y: Tensor, a: argparse.Namespace) -> nn.Module:
+    """`model` with the weights of that name in --out, trained first where there are none."""
     path = a.out / f"{name.replace(' ', '-')}-{len(x)}x{a.epochs}.safetensors"
     if path.exists():
         model.load_state_dict(load_file(path))
@@ -156,10 +155,15 @@ def trained(name: str, x: Tensor, y: Tensor, a: argparse.Namespace) -> nn.Module
             told = int(10 * done)
             print(f"{name}: {told}0 % after {time.time() - began:.0f} s", flush=True)
 
-    parameters = list(model.parameters())
-    train(model, objective(model, a.seed), x, y, parameters=parameters, epochs=a.epochs, lr=a.lr, seed=a.seed, tick=tick)
+    train(model, loss, x, y, parameters=list(model.parameters()), epochs=a.epochs, lr=a.lr, seed=a.seed, tick=tick)
     keep(model, path)
     return model
+
+
+def trained(name: str, x: Tensor, y: Tensor, a: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(a.seed)
+    model = BUILD[name]()
+    return taught(model, name, objective(model, a.seed), x, y, a)
 
 
 class StopsEarly(nn.Module):
