@@ -190,7 +190,9 @@ def load(a: argparse.Namespace) -> None:
         for k in range(a.times):
             clicks.append(pages[0].evaluate(CLICK, [0.1 + 0.8 * k / a.times, 0.3]))
             pages[0].wait_for_timeout(300)
-        waiting = sum(page.locator(".q-spinner, .q-skeleton").count() > 0 for page in slow)
+        waiting = sum(page.get_by_text("computing…").count() > 0 for page in slow)
+    if not waiting:
+        sys.exit("nobody waited for an explanation any more when the clicks ended: they show nothing")
     machine = describe()
     size = len(held.getvalue()) / 1e6
     print(f"{machine.get('cpu', '')}, {time.strftime('%Y-%m-%d')}")
