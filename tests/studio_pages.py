@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,10 +75,13 @@ def studio(*arguments: str, program: tuple[str, ...] = ("-m", "vitreous")) -> It
         port = free.getsockname()[1]
     command = (sys.executable, *program, "studio", *arguments, "--port", str(port), "--no-show")
     plain = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}  # by them NiceGUI takes itself for a test
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain) as server:
+    # What it says goes to a file: a pipe that nobody reads fills up, and then whoever writes to it waits for ever.
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said, env=plain) as server:
         try:
             while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-                assert server.poll() is None, server.stdout and server.stdout.read()
+                if server.poll() is not None:
+                    said.seek(0)
+                    raise AssertionError(said.read())
                 time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/"
         finally:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from studio_jobs import HELD
 from studio_pages import CLASSES, LINK, MODEL, RUN, UPLOAD, WAIT, click, overlay, picture, png, studio, told, turn_to, visit
 
 # The head of the first point of the scatter, where on the screen it is, and the left, top, width and height of the plot.
@@ -168,10 +169,12 @@ def test_a_recipe_runs_is_cancelled_finished_and_downloaded(page: Any, tmp_path:
     at.fill("(1,)")
     at.press("Tab")
     expect(recipe).to_have_value("tokens.EViT(keep=0.5, at=(1,))", timeout=WAIT)
-    page.get_by_label("Pictures to prove on").fill("20")
+    images = page.get_by_label("Pictures to prove on")
+    images.fill(str(HELD))
     apply.click()
     page.get_by_role("button", name="Cancel").click()
     told(page, "Cancelled.")
+    images.fill("20")
     apply.click()
     told(page, "Done.")
     page.get_by_role("heading", name=f"{MODEL}: tokens.EViT(keep=0.5, at=(1,))").wait_for()

@@ -55,14 +55,19 @@ def test_what_is_still_starting_can_be_stopped_too(tmp_path: Path) -> None:
         asyncio.run(stop_at_once())
 
 
-def test_what_waits_can_be_stopped_too() -> None:
-    async def two() -> int:
-        first, second = Work(studio_jobs.count, 3), Work(studio_jobs.count, 5)
-        results = asyncio.gather(first.result(), second.result(), return_exceptions=True)
-        await asyncio.sleep(0)
+def test_what_waits_can_be_stopped_too_and_at_once(tmp_path: Path) -> None:
+    async def two() -> bool:
+        first, second = Work(studio_jobs.last, str(tmp_path / "done")), Work(studio_jobs.count, 5)
+        one, other = (asyncio.create_task(work.result()) for work in (first, second))
+        while first.what != "waiting":
+            await asyncio.sleep(0.05)
         second.stop()
-        one, other = await results
-        assert isinstance(other, Stopped)
-        return one
+        with pytest.raises(Stopped):
+            await other
+        before = not one.done()
+        first.stop()
+        with pytest.raises(Stopped):
+            await one
+        return before
 
-    assert asyncio.run(two()) == 3
+    assert asyncio.run(two())

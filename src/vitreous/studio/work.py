@@ -30,14 +30,20 @@ class Work:
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.what, self.share = "waiting for another computation", 0.0
         self._call = function, arguments
+        self._turn: asyncio.Future[Any] | None = None
         self._process: Any = None
         self._stopped = False
 
     async def result(self) -> Any:
         """What the function returns. Raises `VitreousError` when it fails or dies, and `Stopped` after `stop`."""
-        async with _turns:
+        self._turn = asyncio.ensure_future(_turns.acquire())
+        try:
+            await self._turn
+        except asyncio.CancelledError:
             if self._stopped:
-                raise Stopped
+                raise Stopped from None
+            raise
+        try:
             self.what = "starting"
             receive, send = _context.Pipe(duplex=False)
             self._process = _context.Process(target=_child, args=(send, *self._call), daemon=True)
@@ -49,6 +55,8 @@ class Work:
                 receive.close()
                 if self._process.is_alive():
                     self._process.terminate()
+        finally:
+            _turns.release()
 
     async def _listen(self, receive: Connection) -> Any:
         while True:
@@ -70,6 +78,8 @@ class Work:
 
     def stop(self) -> None:
         self._stopped = True
+        if self._turn is not None:
+            self._turn.cancel()  # which does nothing when it had come
         if self._process is not None and self._process.is_alive():
             self._process.terminate()
 
