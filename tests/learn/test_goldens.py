@@ -146,6 +146,8 @@ def test_greedy_soup():
     near(soup["weight"], g["greedy_weight"], 1e-12)
     near(soup["bias"], g["greedy_bias"], 1e-12)
     assert tried[8:] == g["trace"].tolist()
+    alike = vt.learn.GreedySoup()(states, Kitchen(frozenset(), judge=lambda _: 0.5))
+    near(alike["weight"], states[-1]["weight"], 0), "none that is only as good joins the last of the best"
     uniform = vt.learn.UniformSoup()(states, Kitchen(frozenset()))
     near(uniform["weight"], g["uniform_weight"], 1e-12)
 

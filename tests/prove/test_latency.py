@@ -1,10 +1,11 @@
+import gc
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from vitreous.prove.latency import WARMUP, interleave, latencies
+from vitreous.prove.latency import MOST_ROUNDS, PATIENCE, WARMUP, interleave, latencies
 
 
 class Bench:
@@ -49,6 +50,22 @@ def test_rounds_fit_the_time(cost, seconds, rounds):
     assert len(interleave(bench.runs(), seconds=seconds, clock=bench.clock)["a"]) == rounds
     if rounds == 18:
         assert bench.now == pytest.approx(seconds, abs=0.5)
+
+
+def test_no_garbage_is_collected_meanwhile():
+    seen = []
+    interleave({"a": lambda: seen.append(gc.isenabled())}, rounds=4)
+    assert seen[WARMUP:] == [False] * 8 and gc.isenabled()
+
+
+@pytest.mark.parametrize(("slower", "times"), [(0.54, 1), (1.0, PATIENCE)])
+def test_it_goes_on_until_it_is_sure(monkeypatch, slower, times):
+    """A model that now and then takes longer than the reference: by less than a tenth is sure enough."""
+    bench = Bench(before=0.5, after=itertools.cycle([0.5, 0.5, slower, slower]))
+    monkeypatch.setitem(interleave.__kwdefaults__, "clock", bench.clock)
+    calls = {name: lambda x, name=name: bench.run(name) for name in bench.costs}
+    found = latencies(calls, torch.zeros(1, 1, 2, 2), reference="before", batches=(1,), seconds=1e6)
+    assert len(found["before"][0].samples) == len(found["after"][0].samples) == times * MOST_ROUNDS
 
 
 def test_latencies_are_per_image_and_paired(monkeypatch):

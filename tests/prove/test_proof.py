@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from vitreous.errors import VitreousError
 from vitreous.prove import Interval, Proof, prove, verdict
 from vitreous.prove.drift import total_variation
+from vitreous.prove.verdict import _accuracy, _speed
 
 
 class Fixed(nn.Module):
@@ -134,6 +136,34 @@ def test_verdict_of_a_shipped_file_tells_the_drift_of_what_it_came_from(vit, oth
     full = dataclasses.replace(proof, load=3.0 * int(proof.machine["cores"]))
     assert "99" not in verdict(full).headline and "cannot be told" in verdict(full).headline
     assert "No speed can be told" in str(full) and "No speed can be told" not in str(proof)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([(3.0, 2.9, 3.1)], "3.0 times the speed"),
+        ([(2.0, 1.9, 2.1), (4.0, 3.9, 4.1)], "2.0 to 4.0 times the speed"),
+        ([(2.4, 2.0, 2.9)], "2 times the speed"),
+        ([(2.4, 2.0, 3.1)], "2.0 to 3 times the speed, on a busy machine"),
+        ([(3.0, 2.9, 3.1), (1.2, 0.9, 1.5)], "speed cannot be told on this busy machine"),
+        ([(1.05, 0.95, 1.1), (0.98, 0.9, 1.05)], "as fast, as far as can be told"),
+        ([(1.05, 0.95, 1.1), (1.2, 1.1, 1.3)], "1.1 to 1.2 times the speed"),
+    ],
+)
+def test_speed_is_said_no_more_exactly_than_it_is_known(ratios, said):
+    assert _speed([Interval(*r) for r in ratios]) == said
+
+
+@pytest.mark.parametrize(("low", "high", "meaning"), [
+    (0.001, 0.02, "a real gain"), (-0.02, -0.001, "a real loss"),
+    (-0.001, 0.02, "which 800 images cannot tell from no change"), (-0.02, 0.001, "which 800 images cannot tell from no change"),
+])  # fmt: skip
+def test_a_change_of_accuracy_is_real_when_its_interval_leaves_out_zero(low, high, meaning):
+    accuracy, difference = Interval(0.8, 0.77, 0.83), Interval((low + high) / 2, low, high)
+    _accuracy(
+        SimpleNamespace(answers=SimpleNamespace(accuracy=accuracy, difference=difference, lost=9, gained=9)), 800, said := []
+    )
+    assert f"), {meaning}: " in said[0]
 
 
 def test_threads_of_a_runtime_are_its_own(vit, images, explain, quick):

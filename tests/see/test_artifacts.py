@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ def test_an_outlier_is_found_where_it_is(images: Tensor) -> None:
     assert (see.artifacts(small_vit(depth=2), images).norms[0] == 0).all()
 
 
+def test_an_outlier_is_three_times_as_long_as_the_median(images: Tensor) -> None:
+    model: Any = known_heads([("global", "global", "global")])
+    with torch.no_grad():
+        model.patch_embed.proj.weight.zero_()  # every patch is of length 1
+        model.pos_embed[0, 1 + 4] *= 2.9
+        model.pos_embed[0, 1 + 5] *= 3.1
+    assert np.flatnonzero(see.artifacts(model, images).where).tolist() == [5]
+
+
 def test_norms_are_those_of_the_stream_after_each_block(images: Tensor) -> None:
     model = small_vit(depth=2)
     found = see.artifacts(model, images)
@@ -59,6 +69,20 @@ def test_sinks_are_tokens_that_draw_all_attention(images: Tensor) -> None:
     assert on_prefix[0] > 0.95 and on_prefix[1] < 0.05 and on_prefix[2] == pytest.approx(1 / 17, rel=0.01)
 
 
+def test_a_sink_receives_ten_times_an_even_share(images: Tensor) -> None:
+    """Of 17 tokens, 10 / 17 = 0.588."""
+    model: Any = known_heads([("corner", "corner", "global")])
+    with torch.no_grad():
+        model.patch_embed.proj.weight.zero_()
+        high, low = model.blocks[0].norm1(model.pos_embed)[0, -1, [15, 0]].tolist()  # what keys read of the corner and of others
+        keys = model.blocks[0].attn.qkv.weight.unflatten(0, (3, 3, 16))[1]
+        for head, share in enumerate((0.55, 0.62)):
+            keys[head, 0, 15] = math.log(16 * share / (1 - share)) / (10 * (high - low) / 4)  # queries are 10, √d is 4
+    number, share, _ = see.artifacts(model, images).sinks[:, 0]
+    assert number.tolist() == [0, 1, 0]
+    assert share == pytest.approx([0, 0.62, 0], abs=1e-3)
+
+
 def test_two_models_are_set_against_each_other(images: Tensor) -> None:
     plain, odd = see.artifacts(small_vit(depth=2), images), see.artifacts(with_outlier(5), images)
     rows = plain.versus(odd)
@@ -74,6 +98,13 @@ def test_slimmed_models_and_pruned_heads(images: Tensor) -> None:
     small = slim(with_outlier(5), EViT(keep=0.5, at=(0,)))
     found = see.artifacts(small, images)
     assert np.isfinite(found.norms).all() and (found.norms[1] > 0).all() and (found.where <= 1).all()
+    known: Any = known_heads([("sink", "corner", "global")] * 2)
+    with torch.no_grad():
+        known.pos_embed[0, 0] *= 100
+        known.pos_embed[0, -1] *= 4
+    given_up = see.artifacts(slim(known, EViT(keep=0.5, at=(0,), fuse=False)), 0 * images)
+    assert given_up.sinks[1, 1, 0] > 0.95, "of the attention that is still paid"
+    np.testing.assert_allclose(given_up.norms[:, 1], [1 / 8, 1, 4], rtol=1e-6, err_msg="of the patches that are left")
     pruned = see.artifacts(slim(small_vit(), Heads(share=0.34), images), images)
     assert np.isnan(pruned.sinks[0]).sum() == 4 and len(pruned.rows()) == 8
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitreous import see
 from vitreous.errors import VitreousError
 from vitreous.prune import Heads
-from vitreous.see.patterns import _label, _measures
+from vitreous.see.patterns import _label, _measures, _summary
 from vitreous.steps import slim
 from vitreous.tokens import EViT
 
@@ -65,6 +65,8 @@ def test_offsets_are_means_over_the_queries_that_have_one_there(found: see.Patte
 def test_codes_bring_equal_heads_together(found: see.Patterns, pictures: Tensor) -> None:
     assert found.error < 0.2
     assert found.latent.shape == (4, 3, 8) and found.at.shape == (4, 3, 2)
+    spread = np.linalg.eigvalsh(np.cov(found.latent.reshape(12, 8).T, bias=True))
+    np.testing.assert_allclose(found.at.reshape(12, 2).var(0), spread[:-3:-1], rtol=1e-6, err_msg="two principal components")
     twice = see.patterns(known_heads([("left", "self", "content"), ("left", "self", "global")]), pictures, clusters=4)
     np.testing.assert_array_equal(twice.clusters[0, :2], twice.clusters[1, :2])
     assert len(set(twice.clusters.ravel().tolist())) == 4
@@ -118,3 +120,22 @@ def test_what_a_uniform_head_has_by_itself_is_no_pattern() -> None:
     found = {name: float(v[0, 0]) for name, v in _measures(total, torch.arange(patches), (h, w), offsets).items()}
     assert (found["near"], found["near_over_uniform"], found["ring"]) == (pytest.approx(49 / 81), pytest.approx(1), 0)
     assert _label(found, offsets[0, 0].numpy(), (h, w)) == "global"
+
+
+def test_what_images_change_is_told_without_bias() -> None:
+    """Of two patches the first pays [1, 0] in one image and [0.8, 0.2] in the other, the second [0.5, 0.5] in both."""
+    images = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.8, 0.2], [0.5, 0.5]]]).double()
+    told = torch.stack([torch.zeros(2, 2), torch.special.entr(images).sum(-1), images.square().sum(-1), torch.ones(2, 2)], -1)
+    total = torch.cat([images, told], -1).sum(0)[None, None]
+    found = _measures(total, torch.arange(2), (1, 2), torch.zeros(1, 1, 1, 3))
+    # The unbiased variance of the first row is 0.02 + 0.02, and the mean of two images strays from the place's map by half of it.
+    changed, placed = 0.04, 0.4**2 + 0.4**2 - 0.04 / 2
+    assert found["content"][0, 0] == pytest.approx(changed / (changed + placed))
+
+
+def test_the_autoencoder_sees_roots_of_shares() -> None:
+    """Two patches that pay themselves 0.36 and each other 0.64, and a tenth of all to the prefix."""
+    among, told = torch.tensor([[0.36, 0.64], [0.64, 0.36]]), torch.tensor([0.1, 0.0, 0.0, 1.0]).expand(2, 4)
+    offsets, features = _summary(torch.cat([among, told], -1).double()[None, None], torch.arange(2), (1, 2))
+    assert offsets[0, 0].tolist() == [pytest.approx([0.64, 0.36, 0.64])]
+    np.testing.assert_allclose(features[0, 0].square(), [0.32, 0.36, 0.32, 0.5, 0.5, 0.1], rtol=1e-6)
