@@ -7,6 +7,7 @@ from .embed import Embed
 from .foveate import Foveate
 from .hst import HST
 from .registers import Registers
+from .softhgnn import SoftHGNN
 from .vpt import VPT
 
-__all__ = ["DCLS", "ELA", "HST", "VPT", "Embed", "Foveate", "Registers"]
+__all__ = ["DCLS", "ELA", "HST", "VPT", "Embed", "Foveate", "Registers", "SoftHGNN"]

@@ -72,5 +72,5 @@ class Followed(nn.Module):
         super().__init__()
         self.layer, self.then = layer, then
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.then(self.layer(x))
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.then(self.layer(x, *args, **kwargs))
