@@ -81,6 +81,8 @@ def told(point: Point) -> dict[str, Any]:
 
 def fronts(a: argparse.Namespace, results: Results) -> None:
     for name, axes in AXES.items():
+        if a.only and name not in a.only:
+            continue
 
         def one(name: str = name, axes: list[str] = axes) -> dict[str, Any]:
             began = time.monotonic()
@@ -261,6 +263,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=AXES, help="of the fronts")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
