@@ -160,9 +160,9 @@ def peers(a: argparse.Namespace, results: Results) -> None:
         a.work.mkdir(parents=True, exist_ok=True)
         run = made
         if isinstance(made, nn.Module):
-            vt.ship(made, a.work / "peer.xml", example=images.calibrate[:16])
+            vt.ship(made, a.work / "peer.xml", example=images.calibrate[:16], overwrite=True)
             run = vt.Runtime(a.work / "peer.xml", threads=a.threads)
-        vt.ship(net, a.work / "original.xml", example=images.calibrate[:16])
+        vt.ship(net, a.work / "original.xml", example=images.calibrate[:16], overwrite=True)
         beside = vt.Runtime(a.work / "original.xml", threads=a.threads)
         taken = {"batch 1": x[:1], "batch 16": x}
         ms = {}

@@ -28,7 +28,7 @@ ARGUMENTS = {
     "tokens.UniformPooling": {"at": (0,)},
     "prune.Heads": {"share": 0.34},
     "prune.NViT": {"keep": 0.7, "rounds": 2},
-    "prune.Subnet": {"depth": 1, "heads": (2,), "mlp": (96,)},
+    "prune.Subnet": {"depth": 1, "heads": (2,), "mlp": (96,), "width": 24},
     "prune.LPViT": {"keep": 0.7, "block": (8, 8)},
     "quant.ISViT": {"iterations": 2},
     "quant.GradientPTQ": {"iterations": 2},

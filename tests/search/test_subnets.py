@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from support import GOLDENS, command, error, golden, official_state, small_vit
 import vitreous as vt
 from vitreous import VitreousError
 from vitreous.models import load_official
-from vitreous.prune.subnet import Choice, Space, Subnet, macs, sliced, sort_units
+from vitreous.prune.subnet import Choice, Space, Subnet, macs, outside, sliced, sort_units
 from vitreous.search.nets import simq
 from vitreous.search.nets.evolve import evolve
 from vitreous.search.nets.policy import LAYERS, search_policy
@@ -41,9 +42,10 @@ def test_a_subnet_cut_out_answers_as_it_does_in_place(name: str, tmp_path: Path)
     model = vt.open(name, img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=4, num_classes=7)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.15)
-    whole, space = model(X), Space.of(model)
-    for seed in range(3):
-        choice = space.draw(random.Random(seed))
+    whole, space = model(X), Space.of(model, width=0.5)
+    assert space.widths == (24, 36, 48) and len(space.choices) == 10
+    for seed in (2, 1, 0):
+        choice = replace(space.draw(random.Random(seed)), width=space.widths[seed])
         inside = sliced(model, choice, X)
         assert (inside - whole).norm() > 1e-3 * whole.norm()
         cut = Subnet.of(choice).apply(model)
@@ -58,6 +60,7 @@ def test_a_subnet_cut_out_answers_as_it_does_in_place(name: str, tmp_path: Path)
     with vt.glass(cut) as g:
         cut(X)
     assert [a.shape[1] for a in g.attention] == list(choice.heads)
+    assert cut.num_features == choice.width < 48 and cut.forward_features(X).shape[2] == choice.width
 
 
 def test_gradients_reach_the_prefix_alone() -> None:
@@ -69,6 +72,13 @@ def test_gradients_reach_the_prefix_alone() -> None:
     assert not blocks[1].attn.proj.weight.grad[:, 12:].any() and blocks[2].mlp.fc1.weight.grad is None
     half = macs(model, Choice(4, (2,) * 4, (96,) * 4), 17) / macs(model, Choice(4, (4,) * 4, (192,) * 4), 17)
     assert half == pytest.approx(0.5)
+    model.zero_grad(set_to_none=True)
+    narrow = Choice(4, (4,) * 4, (192,) * 4, 24)
+    sliced(model, narrow, X).square().sum().backward()
+    for p, axis in ((model.patch_embed.proj.weight, 0), (model.pos_embed, 2), (model.norm.weight, 0), (blocks[3].mlp.fc1.weight, 1)):
+        part = p.grad.movedim(axis, 0)
+        assert part[:24].abs().sum() > 0 and not part[24:].any()
+    assert model.norm.normalized_shape == (48,) and macs(model, narrow, 17) > 0.5 * macs(model, Space.of(model).largest, 17)
 
 
 @pytest.mark.parametrize("images", [None, X])
@@ -85,13 +95,27 @@ def test_sorting_changes_no_answer_and_puts_the_best_first(images: torch.Tensor 
     assert (sliced(model, half, X) - before).norm() < 0.3 * lost
 
 
+def test_sorting_puts_the_channels_that_say_most_first() -> None:
+    model = small_vit(num_heads=4)
+    with torch.no_grad():  # of the first half next to nothing is written or read
+        for p, axis in [(model.patch_embed.proj.weight, 0), (model.pos_embed, 2), (model.cls_token, 2), (model.head.weight, 1)]:
+            p.narrow(axis, 0, 24).mul_(0.01)
+        for b in model.blocks:
+            for layer, axis in ((b.attn.qkv, 1), (b.attn.proj, 0), (b.mlp.fc1, 1), (b.mlp.fc2, 0)):
+                layer.weight.narrow(axis, 0, 24).mul_(0.01)
+    before, kept = model(X), model.head.weight[:, 24:].detach().clone()
+    sort_units(model)
+    torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-4)
+    assert {tuple(c) for c in model.head.weight[:, :24].T.tolist()} == {tuple(c) for c in kept.T.tolist()}
+
+
 def test_instatune_trains_the_subnets_too() -> None:
     """After as many steps a sub-network answers better than one of a model that was trained plainly."""
     model, data = vit(depth=3, num_heads=4), pictures()
-    smallest = Space.of(model, 1).smallest
+    smallest = Space.of(model, 1, width=0.5).smallest
     given = dict(epochs=4, batch=16, augment=None, optimiser=vt.learn.AdamW(lr=5e-3))
     lost = []
-    for objective in (vt.learn.InstaTune(depth=1), vt.learn.CrossEntropy()):
+    for objective in (vt.learn.InstaTune(depth=1, width=0.5), vt.learn.CrossEntropy()):
         trained = vt.learn.train(model, data, objective, **given)
         lost.append(float(torch.nn.functional.cross_entropy(sliced(trained, smallest, data[0]), data[1])))
     assert lost[0] < 0.9 * lost[1]
@@ -171,6 +195,18 @@ def test_what_is_no_supernet() -> None:
         Subnet(5, (1,) * 5, (4,) * 5).apply(small_vit())
     with pytest.raises(VitreousError, match="all alike"):
         Space.of(uneven())
+    with pytest.raises(VitreousError, match="48 channels, not 49"):
+        Subnet(1, (2,), (4,), 49).apply(small_vit())
+    with pytest.raises(VitreousError, match="width must be at least 1"):
+        Subnet(1, (2,), (4,), 0)
+    with pytest.raises(VitreousError, match="share of the width"):
+        Space.of(small_vit(), width=0.0)
+    odd = small_vit()
+    odd.head = torch.nn.Bilinear(48, 48, 7)
+    odd.head.forward = lambda x: torch.nn.functional.bilinear(x, x, odd.head.weight, odd.head.bias)
+    for refused in (lambda: outside(odd), lambda: vt.learn.InstaTune(width=0.5).parts(odd)):
+        with pytest.raises(VitreousError, match="width of VisionTransformer cannot be less"):
+            refused()
 
 
 def uneven() -> torch.nn.Module:
@@ -182,7 +218,7 @@ def uneven() -> torch.nn.Module:
 def test_evolve_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     vt.save(fashion(), tmp_path / "net.safetensors")
     net, out = str(tmp_path / "net.safetensors"), tmp_path / "cut.safetensors"
-    words = ("evolve", net, "--limit", "60", "--measured", "10", "--depth", "1", "--out", str(out))
+    words = ("evolve", net, "--limit", "60", "--measured", "10", "--depth", "1", "--width", "0.5", "--out", str(out))
     status, said, _ = command(monkeypatch, capsys, *words)
     assert status == 0 and "MMACs" in said and vt.open(out)(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
     status, _, err = command(monkeypatch, capsys, *words, "--overwrite", "--macs", "7")

@@ -20,6 +20,7 @@ def evolve(
     depth: Annotated[int | None, typer.Option(min=1, help="fewest blocks (default: two less than all)")] = None,
     least: Annotated[float, typer.Option(min=0.01, max=1, help="least share of heads and hidden units")] = 0.5,
     levels: Annotated[int, typer.Option(min=1, max=16, help="numbers of heads, and of hidden units, to choose from")] = 3,
+    width: Annotated[float, typer.Option(min=0.01, max=1, help="least share of the tokens' channels")] = 1.0,
     bits: Annotated[bool, typer.Option("--bits", help="choose 8 bits or floats for each layer too; cost is then bytes")] = False,
     measured: Annotated[int, typer.Option(min=10, help="about how many networks to run")] = 100,
     predictor: Annotated[bool, typer.Option(help="search by predictors of what was measured, or by evolution alone")] = True,
@@ -27,7 +28,7 @@ def evolve(
     out: Annotated[Path, typer.Option(help="file to write the most accurate to")] = Path("subnet.safetensors"),
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
 ) -> None:
-    """Search sub-networks of MODEL (prefixes of its blocks, heads and hidden units) on images of DATA. A model is trained for it
+    """Search sub-networks of MODEL (prefixes of its blocks, heads, hidden units and channels) on images of DATA. A model is trained for it
     by `vitreous train --objective "InstaTune()"`; of any other most sub-networks answer badly."""
     from .. import store
     from ..data import training_data
@@ -47,14 +48,14 @@ def evolve(
     net = opening.open(model)
     if steps := history_of(net).steps():
         raise VitreousError(f"sub-networks are cut from a model as it was trained, and this one was changed by {steps[0]}")
-    space = None if isinstance(net, ViTResNAS | ElasticViT) else Space.of(net, depth, least, levels)
+    space = None if isinstance(net, ViTResNAS | ElasticViT) else Space.of(net, depth, least, levels, width)
     calibrate, check = training_data(source.data, net, limit=source.limit, seed=source.seed, download=source.download)
     images = calibrate.tensor(range(min(64, len(calibrate))))
     if isinstance(net, ViTResNAS | ElasticViT):
         if macs is None:
             raise VitreousError("this supernet is searched just below a limit: give --macs")
-        if bits or sort or depth is not None:
-            raise VitreousError("this supernet knows its sub-networks itself: leave --bits, --sort and --depth out")
+        if bits or sort or depth is not None or width < 1:
+            raise VitreousError("this supernet knows its sub-networks itself: leave --bits, --sort, --depth and --width out")
         most, seed = max(4, measured // 5), source.seed
         with progress_bar() as bar:
             if isinstance(net, ViTResNAS):

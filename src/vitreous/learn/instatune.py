@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from ..prune.subnet import Space, sliced
+from ..prune.subnet import Space, outside, sliced
 from .objective import Batch, Now, Objective, Seen, objective, share
 
 
@@ -20,7 +20,8 @@ class InstaTune(Objective):
 
     Each step trains the whole net on the labels and `subnets` drawn at random, on the labels and on the whole net's answers, all
     gradients in one step of the optimiser. Sub-networks have prefixes of blocks (from `depth`), heads and hidden units (from the
-    share `least`), head width and scale those of the whole net. The released supernet normalises a second time behind attention,
+    share `least`), head width and scale those of the whole net. The paper leaves the tokens as wide as they are; with `width` below 1
+    they have a prefix of channels too, from that share, as in AutoFormer (Chen et al., ICCV 2021). The released supernet normalises a second time behind attention,
     as BERT does; here blocks stay as they are, so that pretrained weights fit. `prune.sort_units` first is a help.
     """
 
@@ -28,17 +29,24 @@ class InstaTune(Objective):
     depth: int | None = None
     least: float = 0.5
     levels: int = 3
+    width: float = 1.0
 
     def __post_init__(self) -> None:
         share(self, "least")
+        share(self, "width")
         if self.subnets < 1 or self.levels < 1:
             raise VitreousError("InstaTune: subnets and levels must be at least 1")
 
     def parts(self, model: nn.Module) -> None:
-        Space.of(model, self.depth, self.least, self.levels)  # refuses what is no supernet before the first step
+        self.space(model)  # refuses what is no supernet before the first step
+        if self.width < 1:
+            outside(model)
+
+    def space(self, model: nn.Module) -> Space:
+        return Space.of(model, self.depth, self.least, self.levels, self.width)
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
-        space = Space.of(now.model, self.depth, self.least, self.levels)
+        space = self.space(now.model)
         labels = batch.shares(seen.logits.shape[1])
         taught = seen.logits.detach().softmax(1)
         losses = []

@@ -119,9 +119,9 @@ def cut_dims(attn: Any, parts: Sequence[str], dims: Sequence[int], step: str, wh
 
 
 def cut_width(model: nn.Module, blocks: Sequence[nn.Module], channels: Sequence[int], around: dict[str, int]) -> None:
-    """Keep these residual channels everywhere. `around`: modules and parameters outside of the blocks by name, and the axis of
+    """Keep these residual channels everywhere, in their order. `around`: modules and parameters outside of the blocks by name, and the axis of
     each that is the channels."""
-    index = torch.tensor(sorted(channels))
+    index = torch.tensor(list(channels))
     for name, axis in around.items():
         owner, _, last = name.rpartition(".")
         held = getattr(model.get_submodule(owner), last)
@@ -135,7 +135,7 @@ def cut_width(model: nn.Module, blocks: Sequence[nn.Module], channels: Sequence[
         layers = layers_of(b.mlp)
         assert layers is not None
         width = width or attn.proj.out_features
-        for part in ("norm1", "norm2", "ls1", "ls2"):
+        for part in ("norm1", "norm", "norm2", "ls1", "ls2"):
             for module in getattr(b, part, nn.Identity()).modules():
                 keep(module, index, 0)
         keep(block, index, 0)
