@@ -97,12 +97,22 @@ def stitched(a: argparse.Namespace, seed: int) -> Figures:
 @entry
 def supernet(a: argparse.Namespace, seed: int) -> Figures:
     """Sub-networks of a ViT after InstaTune, after plain training of as many epochs, and of that one after sorting."""
+    return subnetworks(a, seed, 1.0)
+
+
+@entry
+def widths(a: argparse.Namespace, seed: int) -> Figures:
+    """The same, the tokens from half as wide."""
+    return subnetworks(a, seed, 0.5)
+
+
+def subnetworks(a: argparse.Namespace, seed: int, width: float) -> Figures:
     model = vit(64, 4, seed)
     images, check = parts(model, a)
     plain = trained(model, images, a, seed)
-    tuned = trained(model, images, a, seed, vt.learn.InstaTune(depth=2))
+    tuned = trained(model, images, a, seed, vt.learn.InstaTune(depth=2, width=width))
     sorted_ = sort_units(vt.slim(plain, ()), images.tensor(range(64)))
-    space, draw = Space.of(plain, 2), random.Random(seed)
+    space, draw = Space.of(plain, 2, width=width), random.Random(seed)
     choices = [space.smallest, *(space.draw(draw) for _ in range(9))]
     found: Figures = {}
     for name, net in (("plain", plain), ("plain, sorted", sorted_), ("InstaTune", tuned)):

@@ -75,7 +75,12 @@ def test_gradients_reach_the_prefix_alone() -> None:
     model.zero_grad(set_to_none=True)
     narrow = Choice(4, (4,) * 4, (192,) * 4, 24)
     sliced(model, narrow, X).square().sum().backward()
-    for p, axis in ((model.patch_embed.proj.weight, 0), (model.pos_embed, 2), (model.norm.weight, 0), (blocks[3].mlp.fc1.weight, 1)):
+    for p, axis in (
+        (model.patch_embed.proj.weight, 0),
+        (model.pos_embed, 2),
+        (model.norm.weight, 0),
+        (blocks[3].mlp.fc1.weight, 1),
+    ):
         part = p.grad.movedim(axis, 0)
         assert part[:24].abs().sum() > 0 and not part[24:].any()
     assert model.norm.normalized_shape == (48,) and macs(model, narrow, 17) > 0.5 * macs(model, Space.of(model).largest, 17)

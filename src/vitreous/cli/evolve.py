@@ -28,8 +28,8 @@ def evolve(
     out: Annotated[Path, typer.Option(help="file to write the most accurate to")] = Path("subnet.safetensors"),
     overwrite: Annotated[bool, typer.Option(help="replace --out if it exists")] = False,
 ) -> None:
-    """Search sub-networks of MODEL (prefixes of its blocks, heads, hidden units and channels) on images of DATA. A model is trained for it
-    by `vitreous train --objective "InstaTune()"`; of any other most sub-networks answer badly."""
+    """Search sub-networks of MODEL (prefixes of its blocks, heads, hidden units and channels) on images of DATA. A model is
+    trained for it by `vitreous train --objective "InstaTune()"`; of any other most sub-networks answer badly."""
     from .. import store
     from ..data import training_data
     from ..errors import VitreousError

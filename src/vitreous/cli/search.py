@@ -26,6 +26,9 @@ def search(
     macs: Annotated[float | None, _limit("multiply-accumulates of an image, at most, as 1e9")] = None,
     bytes: Annotated[float | None, _limit("of the shipped file, at most, as 5e6")] = None,
     memory: Annotated[float | None, _limit("bytes to run a batch, at most: weights, and activations as torch holds them")] = None,
+    energy: Annotated[
+        float | None, _limit("share of what the original takes, at most: measured where the processor tells, else modelled")
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, max=4096, help="images at once (default: 1 and 16; limits are of 1)")
     ] = None,
@@ -46,7 +49,7 @@ def search(
     from ..terminal import console, progress_bar, stages
 
     mega = lambda value: None if value is None else value / 1e6
-    goal = Goal(budget, speedup, latency, mega(bytes), macs, mega(memory), batch)
+    goal = Goal(budget, speedup, latency, mega(bytes), macs, mega(memory), energy, batch)
     wanted = None if axes is None else [a.strip() for a in axes.split(",") if a.strip()]
     try:
         with progress_bar() as bar:

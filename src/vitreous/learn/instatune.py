@@ -20,9 +20,10 @@ class InstaTune(Objective):
 
     Each step trains the whole net on the labels and `subnets` drawn at random, on the labels and on the whole net's answers, all
     gradients in one step of the optimiser. Sub-networks have prefixes of blocks (from `depth`), heads and hidden units (from the
-    share `least`), head width and scale those of the whole net. The paper leaves the tokens as wide as they are; with `width` below 1
-    they have a prefix of channels too, from that share, as in AutoFormer (Chen et al., ICCV 2021). The released supernet normalises a second time behind attention,
-    as BERT does; here blocks stay as they are, so that pretrained weights fit. `prune.sort_units` first is a help.
+    share `least`), head width and scale those of the whole net. The paper leaves the tokens as wide as they are; with `width`
+    below 1 they have a prefix of their channels too, from that share, as in AutoFormer (Chen et al., ICCV 2021). The released
+    supernet normalises a second time behind attention, as BERT does; here blocks stay as they are, so that pretrained weights
+    fit. `prune.sort_units` first is a help.
     """
 
     subnets: int = 1

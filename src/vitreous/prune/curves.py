@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POWER_STEP = 10  # of the derivatives by which the power's weight is chosen
-TILE = 16  # inputs that the paper's hardware takes at once
+TILE = 16  # rows and columns of weights, and inputs, that the paper's hardware takes at once
 NEAR = 0.02  # how close to the target is close enough, as released
 ROUNDS, SLOPES = 40, (-100.0, 100.0)  # of the bisection, and the powers of two it begins between
 

@@ -119,8 +119,8 @@ def cut_dims(attn: Any, parts: Sequence[str], dims: Sequence[int], step: str, wh
 
 
 def cut_width(model: nn.Module, blocks: Sequence[nn.Module], channels: Sequence[int], around: dict[str, int]) -> None:
-    """Keep these residual channels everywhere, in their order. `around`: modules and parameters outside of the blocks by name, and the axis of
-    each that is the channels."""
+    """Keep these residual channels everywhere, in their order. `around`: modules and parameters outside of the blocks by name,
+    and the axis of each that is the channels."""
     index = torch.tensor(list(channels))
     for name, axis in around.items():
         owner, _, last = name.rpartition(".")

@@ -12,10 +12,22 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..steps import step
-from .curves import allot, block_scores, curve, kept_blocks, spread
+from .curves import TILE, allot, block_scores, block_sums, curve, kept_blocks, spread
 from .zeros import Zeros, gradients, weighed
 
 POINTS = 100  # shares of blocks at which each layer's curve is known
+
+
+def power(model: nn.Module, image: Tensor) -> float:
+    """What the layers of `model` take by the paper's model of power, counted, in no unit, for it is meant for shares: blocks of
+    weights that are not all zero, times the tiles of inputs of the layer. It knows neither of tokens nor of bits. `image`
+    `[1, C, H, W]` tells which layers run."""
+    return float(
+        sum(
+            int((block_sums((layer.weight != 0).float(), (TILE, TILE)) > 0).sum()) * (layer.inputs // TILE)
+            for layer in weighed(model, image)
+        )
+    )
 
 
 @step("prune")

@@ -134,8 +134,8 @@ def macs(model: nn.Module, choice: Choice, tokens: int) -> float:
 
 
 def outside(model: nn.Module, image: Tensor | None = None) -> dict[str, int]:
-    """What belongs to the channels of the tokens beside the blocks, as `units.around`; `image` `[1, C, H, W]`, by default an empty
-    one of the size that the model is made for. Raises `VitreousError` where channels cannot go."""
+    """What belongs to the channels of the tokens beside the blocks, as `units.around`; `image` `[1, C, H, W]`, by default an
+    empty one of the size that the model is made for. Raises `VitreousError` where channels cannot go."""
     if image is None:
         embed, weight = cast(Any, getattr(model, "patch_embed", None)), next(model.parameters())
         size = getattr(embed, "img_size", None) or (expectations(model).get("input_size") or [3, 224, 224])[1:]
@@ -261,8 +261,8 @@ def _sort_channels(model: nn.Module, blocks: list[Any], axes: dict[str, int]) ->
 @step("prune")
 @dataclass(frozen=True)
 class Subnet(Step):
-    """A sub-network of a supernet, cut out: the first `depth` blocks, of each the first so many heads and hidden units, and of the
-    tokens the first `width` channels (None: all).
+    """A sub-network of a supernet, cut out: the first `depth` blocks, of each the first so many heads and hidden units, and of
+    the tokens the first `width` channels (None: all).
 
     heads, mlp: one number for each block that is left. What is left is an ordinary model: it saves, explains, quantizes and
     ships. Meant for models trained as supernets (`learn.InstaTune`), whose prefixes answer well; after `sort_units` those of any

@@ -70,8 +70,10 @@ def _error(interval: Interval) -> float:
 class Goal:
     """What is asked for: at most `budget` lost (None: the criterion's default), and, if given, at least `speedup` times as fast
     as the original in torch, at most `latency` milliseconds an image, at most `megabytes` on disk, at most `macs`
-    multiply-accumulates an image, at most `memory` megabytes to run a batch (weights, and activations as torch holds them).
-    `batch`: images at once, for times and memory; None for 1 and 16, of which limits hold at 1."""
+    multiply-accumulates an image, at most `memory` megabytes to run a batch (weights, and activations as torch holds them), and
+    at most the share `energy` of what the original takes: by the processor's counters where they can be read, else by LPViT's
+    model of power, which is then said. `batch`: images at once, for times and memory; None for 1 and 16, of which limits hold at
+    1."""
 
     budget: float | None = None
     speedup: float | None = None
@@ -79,18 +81,26 @@ class Goal:
     megabytes: float | None = None
     macs: float | None = None
     memory: float | None = None
+    energy: float | None = None
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "speedup", "latency", "megabytes", "macs", "memory", "batch"):
+        for name in ("budget", "speedup", "latency", "megabytes", "macs", "memory", "energy", "batch"):
             value = getattr(self, name)
             if value is not None and not (0 < value < math.inf or (name == "budget" and value == 0)):
                 raise VitreousError(f"{name}={value:g}: must be above 0 and finite")
+        if self.energy is not None and self.energy > 1:
+            raise VitreousError(f"energy={self.energy:g}: a share of what the original takes, above 0 and at most 1")
 
     @property
     def batches(self) -> tuple[int, ...]:
         """Batch sizes to time, the one that limits hold at first."""
         return (1, 16) if self.batch is None else (self.batch,)
+
+    @property
+    def sizes(self) -> tuple[float | None, ...]:
+        """The limits that are no times: of bytes, multiply-accumulates, memory, energy."""
+        return self.megabytes, self.macs, self.memory, self.energy
 
     @property
     def targets(self) -> str:
@@ -100,6 +110,7 @@ class Goal:
             (self.megabytes, "{:g} MB"),
             (self.macs, "{:g} MACs"),
             (self.memory, "{:g} MB of memory"),
+            (self.energy, "{:g} of the energy"),
         )
         return ", ".join(text.format(value) for value, text in asked if value is not None)
 

@@ -16,12 +16,13 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from ..errors import VitreousError
+from ..prove.energy import Counters
 from ..prune import Heads
 from ..steps import Recipe, Step, history_of, slim
 from .budget import Loss
 from .choose import Chooser
 from .front import Point, front
-from .predict import Predictor, joined, shape, work
+from .predict import Predictor, counted_power, joined, shape, work
 from .record import Record
 from .trial import exported, timed
 
@@ -225,8 +226,11 @@ class Explorer:
         goal = self.chooser.goal
         if rows is None:
             return 0.0
-        if goal.latency is None and goal.speedup is None and (goal.macs or goal.memory):
-            return float(work(rows)[:3].sum())
+        if goal.latency is None and goal.speedup is None:
+            if goal.macs or goal.memory:
+                return float(work(rows)[:3].sum())
+            if goal.energy and not Counters().there:
+                return counted_power(rows)
         engines = {p.engine for p in self.points()}
         times = [t for e in engines if (t := self._predicted(recipe, e)) is not None]
         return min((float(np.exp(np.mean(np.log(t)))) for t in times), default=0.0)
@@ -268,7 +272,12 @@ class Explorer:
             ms = [m / now * then for m, now, then in zip(t.times, self.anchor.times, first, strict=True)]
             lost: Loss = c.judge.loss(t.runtime)
             run = {"ms": ms, "lost": lost.value, "error": lost.error, "unit": lost.criterion.unit, "bytes": t.runtime.bytes}
-            run |= {"macs": t.macs, "memory": t.memory, "predicted": self._predicted(recipe, t.runtime.engine)}
+            run |= {
+                "macs": t.macs,
+                "memory": t.memory,
+                "energy": t.energy,
+                "predicted": self._predicted(recipe, t.runtime.engine),
+            }
             runs[t.runtime.engine] = run
         shutil.rmtree(self.folder / "trial", ignore_errors=True)
         return {"runs": runs if "runtime" in self.axes else dict([min(runs.items(), key=lambda r: r[1]["ms"])])}

@@ -32,6 +32,7 @@ class Point:
     macs: int | None
     memory: int | None
     predicted: float | None
+    energy: float | None = None
 
     @staticmethod
     def of(value: dict[str, Any], engine: str) -> Point:
@@ -41,7 +42,7 @@ class Point:
         predicted = mean(run["predicted"]) if run["predicted"] and value.get("explored") else None
         same = {name: run[name] for name in ("lost", "error", "unit", "bytes", "macs", "memory")}
         steps = Recipe.from_json(value["recipe"]).steps
-        return Point(steps, engine, mean(run["ms"]), run["ms"][0], **same, predicted=predicted)
+        return Point(steps, engine, mean(run["ms"]), run["ms"][0], **same, predicted=predicted, energy=run.get("energy"))
 
     @property
     def name(self) -> str:
@@ -50,7 +51,7 @@ class Point:
     def cost(self, goal: Goal) -> float:
         """What is to be small, as `Trial.cost`."""
         if goal.speedup is None and goal.latency is None:
-            for limit, value in ((goal.megabytes, self.bytes), (goal.macs, self.macs), (goal.memory, self.memory)):
+            for limit, value in zip(goal.sizes, (self.bytes, self.macs, self.memory, self.energy), strict=True):
                 if limit is not None and value is not None:
                     return float(value)
         return self.ms
@@ -67,11 +68,12 @@ def front(points: Sequence[Point], goal: Goal) -> list[Point]:
 
 def table(points: Sequence[Point], slowest: float) -> Table:
     """For the terminal; `slowest`: milliseconds of the original in torch, to tell speeds by."""
-    made = Table("lost", "± s.e.", "ms", "× torch", "MB", "GMACs", "recipe, in")
+    shares = any(p.energy is not None for p in points)
+    made = Table("lost", "± s.e.", "ms", "× torch", "MB", "GMACs", *(["energy"] if shares else []), "recipe, in")
     for p in points:
         macs = f"{p.macs / 1e9:.3g}" if p.macs else "–"
         numbers = (f"{p.lost:+.2f}", f"{p.error:.2f}", f"{p.ms:.3g}", f"{slowest / p.ms:.2f}", f"{p.bytes / 1e6:.1f}", macs)
-        made.add_row(*numbers, p.name)
+        made.add_row(*numbers, *([f"{p.energy:.2f}" if p.energy is not None else "–"] if shares else []), p.name)
     return made
 
 
@@ -82,7 +84,7 @@ def written(points: Sequence[Point], folder: Path) -> None:
     for i, p in enumerate(points):
         name = f"recipes/{i + 1}.json"
         write_whole(folder / name, Recipe(p.steps).to_json())
-        figures = {k: getattr(p, k) for k in ("engine", "ms", "lost", "error", "unit", "bytes", "macs", "memory")}
+        figures = {k: getattr(p, k) for k in ("engine", "ms", "lost", "error", "unit", "bytes", "macs", "memory", "energy")}
         rows.append({"recipe": name, "steps": str(Recipe(p.steps)), **figures})
     write_whole(folder / "front.json", json.dumps(rows, indent=2))
 

@@ -21,6 +21,7 @@ from ..work import fingerprint
 from .budget import Goal, Loss
 from .choose import Chooser, Judge
 from .healed import healed_options
+from .space import told_by
 from .split import split, to_heal
 from .trial import Trial, best, exported, kept, timed
 
@@ -97,6 +98,8 @@ class Job:
         timed(trials, net, tried, self.goal, self.progress)
         chosen = best(trials, self.goal, self.notes, lambda trial: self._lost(judge, trial))
         self._too_few(images.choose, chosen.lost)
+        if self.goal.energy is not None and chosen.energy is not None:
+            self.notes.append(f"energy: {chosen.energy:.2f} of what the original takes, by {told_by()}")
         small, runtime = options[chosen.option], kept(chosen, trials, shipments, self.folder, self.log)
         self.progress("writing files", 0.0)
         store.save_model(small, self.folder / "model.safetensors")

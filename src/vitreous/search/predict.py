@@ -10,6 +10,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from ..blocks import Tokens, plain_blocks, shared_copy
+from ..prune.curves import TILE
 
 FIELDS = ("tokens", "left", "width", "heads", "qk", "v", "hidden")
 HELD = 0.02  # how much a weight is held to where it began, against one measured time
@@ -61,6 +62,12 @@ def work(rows: np.ndarray) -> np.ndarray:
     lost = (n - m) + np.maximum(m - after, 0)
     kinds = (n * c * 2 * (q + v), 2 * m * c * u, n * n * (q + v), h * n * n, n * c + m * (c + u), (lost > 0) * n * c)
     return np.array([*(k.sum() for k in kinds), 1.0])
+
+
+def counted_power(rows: np.ndarray) -> float:
+    """What the layers of the blocks take by LPViT's model (`prune.lpvit.power`)."""
+    _, _, c, _, q, v, u = rows.T
+    return float((c * (2 * q + v + u) * (c // TILE) + c * v * (v // TILE) + c * u * (u // TILE)).sum() / TILE**2)
 
 
 class Predictor:

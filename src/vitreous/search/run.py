@@ -22,7 +22,7 @@ from .explore import Explorer
 from .front import Point, drawn, front, written
 from .job import Job
 from .record import Record
-from .space import space
+from .space import space, told_by
 from .trial import MISSED
 
 Progress = Callable[[str, float], None]
@@ -123,7 +123,7 @@ def _about(chooser: Chooser, data: str, goal: Goal, threads: int | None) -> dict
         "set of images": f"{data} {fingerprint(batches[0][0], sum(len(x) for x, _ in batches), chooser.calibrate)[:12]}",
         "machine": f"{platform.machine()} {_processor()}, {cores} threads",
         "batch": list(goal.batches),
-    }
+    } | ({} if goal.energy is None else {"way to tell energy": told_by().partition(" (")[0]})
 
 
 def _processor() -> str:

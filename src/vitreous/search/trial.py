@@ -14,6 +14,8 @@ from ..errors import VitreousError
 from ..processor import multiplies_bf16
 from ..prove import interleave
 from ..prove.cost import cost
+from ..prove.energy import Counters
+from ..prune.lpvit import power
 from ..ship import Runtime, Shipment, ship_all
 from .budget import Goal, Loss
 
@@ -34,6 +36,8 @@ class Trial:
     lost: Loss | None = None
     macs: int | None = None  # of an image, and bytes to run a batch: counted where they are asked for
     memory: int | None = None
+    power: float | None = None  # counted by LPViT's model
+    energy: float | None = None  # share of what the original takes
 
     @property
     def name(self) -> str:
@@ -55,12 +59,14 @@ class Trial:
             and (goal.megabytes is None or self.runtime.bytes <= goal.megabytes * 1e6)
             and (goal.macs is None or (self.macs is not None and self.macs <= goal.macs))
             and (goal.memory is None or (self.memory is not None and self.memory <= goal.memory * 1e6))
+            and (goal.energy is None or (self.energy is not None and self.energy <= goal.energy))
         )
 
     def cost(self, goal: Goal) -> float:
         """What is to be small: the one thing that has a limit where it is no time, else time."""
         if goal.speedup is None and goal.latency is None:
-            for limit, value in ((goal.megabytes, self.runtime.bytes), (goal.macs, self.macs), (goal.memory, self.memory)):
+            known = (self.runtime.bytes, self.macs, self.memory, self.energy)
+            for limit, value in zip(goal.sizes, known, strict=True):
                 if limit is not None and value is not None:
                     return float(value)
         return self.time
@@ -97,6 +103,7 @@ def exported(
                 if goal.macs is not None or goal.memory is not None:
                     costs = cost(option, model, images[np.arange(goal.batches[0]) % len(images)])
                     trials[-1].macs, trials[-1].memory = costs.macs, costs.memory
+                trials[-1].power = None if goal.energy is None else power(model, images[:1])
     if not trials:
         raise refused or VitreousError("there is nothing to ship")
     return trials, shipments
@@ -110,14 +117,19 @@ def timed(
     progress: Callable[[str, float], None],
     seconds: float = SECONDS,
 ) -> None:
-    """Fill in the times of all trials, interleaved; the original runs along where a speedup is asked for."""
+    """Fill in the times of all trials, interleaved, and their energy where it has a limit; the original runs along where a
+    speedup is asked for, or energy can be measured."""
     calls: dict[str, Callable[[Tensor], object]] = {t.name: t.runtime for t in trials}
-    if goal.speedup is not None:
+    counters = Counters() if goal.energy is not None else None
+    if goal.speedup is not None or (counters and counters.there):
         calls["original"] = net
+    spent: dict[str, list[float]] = {name: [] for name in calls}
     medians: dict[str, list[float]] = {name: [] for name in calls}
     for i, batch in enumerate(goal.batches):
         x = images[np.arange(batch) % len(images)]
         runs = {name: (lambda call=call, x=x: call(x)) for name, call in calls.items()}
+        if counters and counters.there and i == 0:
+            runs = {name: _metered(run, counters, spent[name]) for name, run in runs.items()}
         told = lambda done, i=i: progress("trying the ways to run it", (i + done) / len(goal.batches))
         found = interleave(runs, seconds=seconds / len(goal.batches), tick=told)
         for name, taken in found.items():
@@ -126,13 +138,30 @@ def timed(
         trial.times = tuple(medians[trial.name])
         if goal.speedup is not None:
             trial.speedups = tuple(a / b for a, b in zip(medians["original"], trial.times, strict=True))
+    if counters:
+        whole = float(np.mean(spent["original"])) if counters.there else power(net, images[:1])
+        for trial in trials:
+            took = float(np.mean(spent[trial.name])) if counters.there else trial.power
+            trial.energy = took / whole if took is not None and whole else None
+
+
+def _metered(run: Callable[[], object], counters: Counters, spent: list[float]) -> Callable[[], object]:
+    """`run`, which adds to `spent` the joules of each call: steps of a counter's millisecond, right in the mean."""
+
+    def call() -> object:
+        before = counters()
+        made = run()
+        spent.append(counters() - before)
+        return made
+
+    return call
 
 
 def best(trials: list[Trial], goal: Goal, notes: list[str], loss: Callable[[Trial], Loss | None]) -> Trial:
     """The fastest trial within the budget; with targets, of those that reach them the one that loses least. Where nothing does,
     the closest, which is said. What a trial loses is asked only where it decides, in the order of what they cost."""
     within: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: t.cost(goal)):
+    for trial in sorted(trials, key=lambda t: (t.cost(goal), t.time)):
         trial.lost = loss(trial)
         if trial.keeps(goal):
             within.append(trial)
@@ -150,6 +179,7 @@ def best(trials: list[Trial], goal: Goal, notes: list[str], loss: Callable[[Tria
     got += f", {chosen.speedup:.2g} times the speed" if chosen.speedups else ""
     got += f", {chosen.macs:.3g} MACs" if chosen.macs is not None else ""
     got += f", {chosen.memory / 1e6:.1f} MB of memory" if chosen.memory is not None else ""
+    got += f", {chosen.energy:.2g} of the energy" if chosen.energy is not None else ""
     notes.append(f"{MISSED}within the budget reaches {goal.targets}: {chosen.name} comes closest, {got}")
     return chosen
 
