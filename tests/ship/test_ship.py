@@ -157,6 +157,20 @@ def test_a_vit_ships_with_any_batch_or_one(vit: VisionTransformer, tmp_path: Pat
             runtime(torch.randn(3, 1, 32, 31))
 
 
+def test_a_batch_size_that_python_holds_is_still_any(tmp_path: Path) -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cat([self.token.expand(len(x), -1, -1), x.reshape(int(x.shape[0]), -1, 8)], 1)
+            return self.layer(x).mean(1)
+
+    report = ship(Counted().eval(), tmp_path / "m.onnx", example=torch.randn(2, 3, 4, 4))
+    assert report.parity.batches == (1, 3, 16)
+
+
 @pytest.mark.parametrize("ending", [".onnx", ".xml"])
 def test_threads_that_share_a_runtime_get_their_own_answers(shipped: Path, ending: str) -> None:
     runtime = Runtime(shipped / f"vit{ending}", threads=1)

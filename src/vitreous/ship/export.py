@@ -52,11 +52,18 @@ def trace(model: nn.Module, example: Tensor, *, dynamic: bool, sides: tuple[int,
 
     Raises VitreousError when torch.export cannot trace the model.
     """
+    from torch._dynamo.exc import UserError  # which takes long to import
+
     axes = {0: Dim("batch")} if dynamic else {}
     axes |= dict(zip(sides or (), (Dim("height"), Dim("width")), strict=False))
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(model, (example,), dynamic_shapes=(axes,) if axes else None)
+            try:
+                program = torch.export.export(model, (example,), dynamic_shapes=(axes,) if axes else None)
+            except UserError:  # `len(x)` and `int(…)` fix a size, except where Python itself is traced
+                if not axes:
+                    raise
+                program = torch.export.export(model, (example,), dynamic_shapes=(axes,), strict=True)
     except Exception as error:  # torch.export raises many unrelated kinds
         advice = "; if it only works for one batch size, give that as batch" if dynamic else ""
         what = f"{getattr(model, 'called', type(model).__name__)} cannot be traced by torch.export"
