@@ -91,8 +91,9 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         return kernel(x.mT, delta.mT, A.float(), B.mT, C.mT, D.float()).mT
     kind = x.dtype
     x, delta, A, B, C, D = (t.to(torch.promote_types(kind, torch.float32)) for t in (x, delta, A, B, C, D))
-    h = linear_recurrence((delta[..., None] * A).exp(), (delta * x)[..., None] * B[..., None, :])
-    return ((h * C[..., None, :]).sum(-1) + D * x).to(kind)
+    # States lie `[…, L, N, D]`: processors work along the last dimension, and N may be 1.
+    h = linear_recurrence((delta[..., None, :] * A.mT).exp(), (delta * x)[..., None, :] * B[..., None])
+    return ((h * C[..., None]).sum(-2) + D * x).to(kind)
 
 
 def state_space_dual(

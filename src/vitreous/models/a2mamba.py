@@ -83,7 +83,7 @@ class A2SSM(nn.Module):
         precise = torch.promote_types(x.dtype, torch.float32)  # as published: the states leave mixed precision
         delta = F.softplus(F.linear(delta, self.dt_projs_weight, self.dt_projs_bias).to(precise))
         decay = (delta * -self.A_logs[:, 0].to(precise).exp()).exp()
-        h = linear_recurrence(decay.unsqueeze(-1), (delta * b.to(precise) * x.to(precise)).unsqueeze(-1)).squeeze(-1)
+        h = linear_recurrence(decay.unsqueeze(-2), (delta * b.to(precise) * x.to(precise)).unsqueeze(-2)).squeeze(-2)
         halves = h.unflatten(2, (2, self.num_heads // 2, -1)).permute(2, 0, 3, 1, 4)  # [2, B, heads / 2, N, d]
         state = torch.cat([aggregate(half) for aggregate, half in zip(aggregates, halves, strict=True)], 1)
         mixed = torch.einsum("gh,bhnd->bngd", self.state_fusion.weight.flatten(1), state.to(x.dtype))
