@@ -61,8 +61,9 @@ class Tried:
             ms = 1e-6 * float(work(shape(runtime.module, self.images))[:5].sum()) / runtime.speed
             t.times, t.speedups = (ms,) * len(goal.batches), (3.0,) * len(goal.batches)
 
-    def search(self, folder: Path, trials: int) -> tuple[Explorer, dict[str, nn.Module]]:
+    def search(self, folder: Path, trials: int, record: Any = None) -> tuple[Explorer, dict[str, nn.Module]]:
         ladders: Any = {"tokens": [[EViT(keep=0.9), EViT(keep=0.6)]], "heads": [[Heads(share=0.25)]]}
         folder.mkdir(exist_ok=True)
-        explorer = Explorer(Record(folder / "trials.jsonl", ABOUT), {**ladders, "runtime": []}, 10, trials, folder / "tried")
+        record = record or Record(folder / "trials.jsonl", ABOUT)
+        explorer = Explorer(record, {**ladders, "runtime": []}, 10, trials, folder / "tried")
         return explorer, explorer.options(self, self.images)

@@ -36,6 +36,9 @@ def search(
     trials: Annotated[int | None, typer.Option(min=0, help="recipes to try at most, beside those of slim")] = None,
     axes: Annotated[str | None, typer.Option(help="what may change: tokens,heads,mlp,bits,runtime (default: all)")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the front as a page, as pareto.html")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="share what is tried with other processes: a database's URL, or a file that all reach")
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder of the search; started again there it goes on")] = Path("vitreous-search"),
 ) -> None:
     """Search combinations of token steps, removed heads and hidden units, integers and runtimes, under a budget.
@@ -63,6 +66,7 @@ def search(
                 minutes=minutes,
                 trials=trials,
                 out=out,
+                storage=storage,
                 plot=plot,
                 limit=source.limit,
                 seed=source.seed,
@@ -72,13 +76,15 @@ def search(
             )
     except KeyboardInterrupt:
         again = shlex.join(["vitreous", *sys.argv[1:]])
-        raise VitreousError(f"stopped; what was tried is kept in {out}, to go on: {again}") from None
+        raise VitreousError(f"stopped; what was tried is kept in {storage or out}, to go on: {again}") from None
     printer = console()
     width = max(printer.width, 110)
     printer.print(table(found.front, found.original), width=width)
     printer.print(found.proof, width=width)
     for line in (*found.notes, *found.log):
         printer.print(line)
-    printer.print(f"in {out}: trials.jsonl, front.json, recipes/, best/ with the shipped files, proof and report")
+    printer.print(
+        f"in {out}: {'' if storage else 'trials.jsonl, '}front.json, recipes/, best/ with the shipped files, proof and report"
+    )
     if found.missed:
         raise VitreousError(found.missed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -24,11 +24,13 @@ from .choose import Chooser
 from .front import Point, front
 from .predict import Predictor, counted_power, joined, shape, work
 from .record import Record
+from .shared import SharedRecord
 from .trial import exported, timed
 
 ORDER = ("heads", "mlp", "tokens", "bits")  # in which the steps of a recipe are applied
 LEVELS = (1.0, 0.5, 2.0, 0.25)  # times the budget: a front is wanted around it
 FAR = 2.0  # times the budget that a step may lose alone, to be combined at all
+POLL = 1.0  # seconds between looks at what another process is at
 SECONDS = 3.0  # of timing a trial
 SHIPPED = 5  # points of the front that are timed against each other in the end
 
@@ -41,13 +43,14 @@ class Explorer:
     trials: recipes to try at most, None for as many as the time allows. folder: for files that come and go.
     """
 
-    record: Record
+    record: Record | SharedRecord
     axes: dict[str, list[list[Step]]]
     minutes: float
     trials: int | None
     folder: Path
     threads: int | None = None
     predictor: Predictor = field(default_factory=Predictor)
+    learned: set[str] = field(default_factory=set)  # trials that the predictor knows
 
     def options(self, chooser: Chooser, images: Tensor) -> dict[str, nn.Module]:
         """Models of the front by their recipes, for `images` `[N, C, H, W]` to time them on."""
@@ -56,16 +59,14 @@ class Explorer:
         self.whole = shape(chooser.net, images[:1]) if self.axes.keys() & {"tokens", "heads", "mlp"} else None
         judge = chooser.judge
         self.budget = self.goal.allowed(judge.loss(judge.original, 1).criterion)
-        self.began, self.spent = time.monotonic(), sum(v.get("seconds", 0.0) for v in self.record.found.values())
+        self.began, self.spent = time.monotonic(), self.record.spent()
         self._anchor()
         seeds = [(), *self._chosen()]
-        for i, recipe in enumerate(seeds):
-            chooser.progress("trying what the chooser found", i / len(seeds))
-            self._try(recipe)
-        alone = self._alone(seeds)
-        for value in self.record.all("trial").values():  # now that their shapes are known; those of a stopped run too
-            self._learn(Recipe.from_json(value["recipe"]).steps, value)
-        self._explore(alone)
+        for wait in (False, True):  # first what no other process is at
+            for i, recipe in enumerate(seeds):
+                chooser.progress("trying what the chooser found", i / len(seeds))
+                self._try(recipe, wait=wait)
+        self._explore(self._alone(seeds))
         chooser.notes.append(self.accuracy())
         shutil.rmtree(self.folder, ignore_errors=True)
         return self._shipped()
@@ -96,17 +97,31 @@ class Explorer:
         late = self.spent + time.monotonic() - self.began > 60 * self.minutes
         return late or (self.trials is not None and self._tried() >= self.trials)
 
+    def _once(self, kind: str, key: str, make: Callable[[], dict[str, Any]], wait: bool = True) -> Any:
+        """What is known, or what `make` finds. Where another process is at it, its answer, or with `wait` False None."""
+        while (known := self.record.get(kind, key)) is None:
+            if self.record.claim(kind, key):
+                try:
+                    return self.record.add(kind, key, make())
+                except BaseException:
+                    self.record.release(kind, key)
+                    raise
+            if not wait:
+                return self.record.get(kind, key)
+            time.sleep(POLL)
+        return known
+
     # ---- the quick form first
 
     def _chosen(self) -> list[tuple[Step, ...]]:
         """The recipes of the models that the chooser would ship, by the axes that may change."""
-        kept = self.record.get("chosen", "")
-        if kept is None:
+
+        def choose() -> dict[str, Any]:
             models = self.chooser.options().values()
             found = [Recipe(tuple(history_of(m).steps()[self.before :])) for m in models]
-            kept = self.record.add(
-                "chosen", "", {"recipes": [r.to_json() for r in found], "seconds": time.monotonic() - self.began}
-            )
+            return {"recipes": [r.to_json() for r in found], "seconds": time.monotonic() - self.began}
+
+        kept = self._once("chosen", "", choose)
         recipes = [Recipe.from_json(text).steps for text in kept["recipes"]]
         return [r for r in recipes if r and all(_axis(s) in self.axes for s in r)]
 
@@ -116,11 +131,14 @@ class Explorer:
         models = {"anchor": self.chooser.net}
         made, _ = exported(models, place, self.images, self.threads, self.goal, self.chooser.progress, self.chooser.notes)
         self.anchor = made[-1]
-        if self.record.get("anchor", "") is None:
+
+        def measure() -> dict[str, Any]:
             asked = replace(self.goal, speedup=1.0)
             timed([self.anchor], self.chooser.net, self.images, asked, self.chooser.progress, SECONDS)
             torch = [t * s for t, s in zip(self.anchor.times, self.anchor.speedups, strict=True)]
-            self.record.add("anchor", "", {"ms": self.anchor.times, "torch": torch})
+            return {"ms": list(self.anchor.times), "torch": torch}
+
+        self._once("anchor", "", measure)
 
     def original(self) -> list[float]:
         """Milliseconds an image of the original in torch, at each batch."""
@@ -131,23 +149,28 @@ class Explorer:
         chosen = [s for r in seeds for s in r]  # among them integers that leave some layers in floats
         ladders = {axis: [*self.axes[axis], *([s] for s in chosen if _axis(s) == axis)] for axis in ORDER if axis in self.axes}
         found: dict[str, list[Step | None]] = {axis: [None] for axis in ORDER}
-        for axis in ORDER:
-            for ladder in ladders.get(axis, []):
-                for step in ladder:
-                    if self._over():
-                        return found
-                    value = self._lost(axis, step)
-                    if value is None or step in found[axis]:
-                        continue
-                    if value["lost"] > FAR * max(self.budget, value["error"]):
-                        break
-                    found[axis].append(step)
+        for wait in (False, True):  # first the ladders that no other process is at
+            found = {axis: [None] for axis in ORDER}
+            for axis in ORDER:
+                for ladder in ladders.get(axis, []):
+                    for step in ladder:
+                        if self._over():
+                            return found
+                        value = self._lost(axis, step, wait)
+                        if value is None:
+                            break
+                        if "failed" in value or step in found[axis]:
+                            continue
+                        if value["lost"] > FAR * max(self.budget, value["error"]):
+                            break
+                        found[axis].append(step)
         return found
 
-    def _lost(self, axis: str, step: Step) -> dict[str, Any] | None:
-        """What a step loses alone, as torch computes it, and the shape that it leaves; None where it cannot be made."""
-        known = self.record.get("alone", str(step))
-        if known is None:
+    def _lost(self, axis: str, step: Step, wait: bool) -> dict[str, Any] | None:
+        """What a step loses alone, as torch computes it, and the shape that it leaves, or why it cannot be made; None where
+        another process is at it and this one does not `wait`."""
+
+        def alone() -> dict[str, Any]:
             began = time.monotonic()
             self.chooser.progress(f"what {step} loses alone", 0.0)
             try:
@@ -157,8 +180,9 @@ class Explorer:
                 known = {"lost": lost.value, "error": lost.error, "shape": left}
             except VitreousError as reason:
                 known = {"failed": str(reason)}
-            self.record.add("alone", str(step), {**known, "seconds": time.monotonic() - began})
-        return None if "failed" in known else known
+            return {**known, "seconds": time.monotonic() - began}
+
+        return self._once("alone", str(step), alone, wait)
 
     # ---- combinations
 
@@ -166,14 +190,17 @@ class Explorer:
         recipes = [tuple(s for s in r if s is not None) for r in product(*(alone[axis] for axis in ORDER))]
         idle = 0
         while not self._over() and idle <= len(LEVELS):
-            left = [r for r in recipes if self.record.get("trial", _key(r)) is None]
+            self.record.refresh()
+            self._learn()
+            taken = self.record.found.keys() | self.record.busy
+            left = [r for r in recipes if ("trial", _key(r)) not in taken]
             # Told by the record alone, so that a search that was stopped goes on as it would have.
             pick = self._best(left, (self._tried() + idle) % (len(LEVELS) + 1))
             idle = 0 if pick else idle + 1
             if pick:
                 said = f"trying {Recipe(pick)}"
                 self.chooser.progress(said, min((self.spent + time.monotonic() - self.began) / (60 * self.minutes + 1e-9), 1.0))
-                self._try(pick, explored=True)
+                self._try(pick, explored=True, wait=False)
 
     def _best(self, left: list[tuple[Step, ...]], turn: int) -> tuple[Step, ...] | None:
         """What promises to be the cheapest at one level of loss, or with limits to reach them and lose least; None where nothing
@@ -237,27 +264,31 @@ class Explorer:
 
     # ---- one trial
 
-    def _try(self, recipe: tuple[Step, ...], explored: bool = False) -> None:
-        """Make, ship, time and judge a recipe in both runtimes, unless that was done."""
-        if self.record.get("trial", _key(recipe)) is not None:
-            return
-        began = time.monotonic()
-        try:
-            found = self._measured(recipe)
-        except VitreousError as reason:
-            found = {"failed": str(reason)}
-        about = {"recipe": Recipe(recipe).to_json(), "explored": explored, "seconds": time.monotonic() - began}
-        known = self.record.add("trial", _key(recipe), {**found, **about})
-        if explored:
-            self._learn(recipe, known)
+    def _try(self, recipe: tuple[Step, ...], explored: bool = False, wait: bool = True) -> None:
+        """Make, ship, time and judge a recipe in both runtimes, unless that was done or is being done."""
 
-    def _learn(self, recipe: tuple[Step, ...], known: dict[str, Any]) -> None:
-        """Let the predictor know what was measured."""
-        rows = self._shape(recipe)
-        for engine, run in known.get("runs", {}).items():
-            for batch, ms in zip(self.goal.batches, run["ms"], strict=True):
-                if rows is not None:
-                    self.predictor.learn(f"{engine} {_bits(recipe)} {batch}", rows, ms)
+        def measure() -> dict[str, Any]:
+            began = time.monotonic()
+            try:
+                found = self._measured(recipe)
+            except VitreousError as reason:
+                found = {"failed": str(reason)}
+            about = {"recipe": Recipe(recipe).to_json(), "explored": explored, "seconds": time.monotonic() - began}
+            return {**found, **about}
+
+        self._once("trial", _key(recipe), measure, wait)
+
+    def _learn(self) -> None:
+        """Let the predictor know what was measured since: here, in a stopped run, by others."""
+        trials = self.record.all("trial")
+        for key in [key for key in trials if key not in self.learned]:
+            self.learned.add(key)
+            recipe = Recipe.from_json(trials[key]["recipe"]).steps
+            rows = self._shape(recipe)
+            for engine, run in trials[key].get("runs", {}).items():
+                for batch, ms in zip(self.goal.batches, run["ms"], strict=True):
+                    if rows is not None:
+                        self.predictor.learn(f"{engine} {_bits(recipe)} {batch}", rows, ms)
 
     def _measured(self, recipe: tuple[Step, ...]) -> dict[str, Any]:
         c = self.chooser

@@ -24,6 +24,7 @@ class Record:
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
         self.found: dict[tuple[str, str], Any] = {}
+        self.busy: set[tuple[str, str]] = set()  # that other processes are at: none, as in `SharedRecord`
         about = {"vitreous search": VERSION, **about}
         if not path.exists():
             write_whole(path, json.dumps(about) + "\n")
@@ -57,6 +58,19 @@ class Record:
             raise VitreousError(f"cannot write {self.path}: {error.strerror or error}") from error
         self.found[kind, key] = value
         return value
+
+    def spent(self) -> float:
+        """Seconds of work that led to what is here."""
+        return sum(v.get("seconds", 0.0) for v in self.found.values())
+
+    def refresh(self) -> None:
+        """Nobody else writes here: the folder is locked."""
+
+    def claim(self, kind: str, key: str) -> bool:
+        return True
+
+    def release(self, kind: str, key: str) -> None:
+        """Nothing was claimed from others."""
 
     def all(self, kind: str) -> dict[str, Any]:
         return {key: value for (k, key), value in self.found.items() if k == kind}

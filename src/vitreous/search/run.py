@@ -22,6 +22,7 @@ from .explore import Explorer
 from .front import Point, drawn, front, written
 from .job import Job
 from .record import Record
+from .shared import SharedRecord
 from .space import space, told_by
 from .trial import MISSED
 
@@ -52,6 +53,7 @@ def search(
     minutes: float = 10.0,
     trials: int | None = None,
     out: str | Path = "vitreous-search",
+    storage: str | None = None,
     plot: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -66,8 +68,11 @@ def search(
     (a search that was stopped goes on from it, repeating no trial), the front with its recipes, and in `best/` the shipped files
     with proof and report.
 
+    storage: what is tried is kept there instead, for other processes and machines to share (`SharedRecord`): a database's URL, or
+    a file that all can reach. Each of them needs an `out` of its own, has `minutes` of its own, and ships the best of all.
+
     Raises `VitreousError` for an axis that the model does not have, limits that no axis can help with, a model that is quantized
-    already, and a folder with the search of another model, of other images or of another machine.
+    already, and a folder or storage with the search of another model, of other images or of another kind of machine.
     """
     goal = goal or Goal()
     if minutes < 0 or (trials is not None and trials < 0):
@@ -86,7 +91,8 @@ def search(
 
         def explored(chooser: Chooser, images: Tensor) -> dict[str, nn.Module]:
             _room(goal, images)
-            record = Record(out / "trials.jsonl", _about(chooser, data, goal, threads))
+            about = _about(chooser, data, goal, threads)
+            record = SharedRecord(storage, about) if storage is not None else Record(out / "trials.jsonl", about)
             held.append(Explorer(record, ladders, minutes, trials, aside / "tried", threads))
             return held[0].options(chooser, images)
 
