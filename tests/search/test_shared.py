@@ -81,7 +81,7 @@ timed = tried.timed
 def killed(*given):
     count[0] += 1
     time.sleep(0.2)
-    if count[0] > 2:
+    if count[0] > 1:  # the first is the original's, the second a trial that every search makes
         os.kill(os.getpid(), signal.SIGKILL)
     timed(*given)
 

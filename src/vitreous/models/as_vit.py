@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import VitreousError
 from ..mixers import require_size
 from .classifier import Classifier
-from .official import publish, renamed
+from .official import family, publish, renamed
 
 WIDEST = 1024
 Grid = tuple[int, int]
@@ -191,9 +191,15 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^layers\.(\d)\.downsample\.", merging, k): v for k, v in state.items()}
 
 
+def told(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Nothing: neither heads nor windows are in the weights, so `genotype` must be given."""
+    return dict(genotype="unknown")
+
+
 SEED, LARGE = "8,2,3,1|4,1,2,1|4,1,4,1|4,1,6,1|32,64", "8,2,3,5|4,1,2,2|4,1,4,5|4,1,6,2|32,180"
 for variant, found in (("seed", SEED), ("l", LARGE)):
     publish(
         AsViT, f"as_vit_{variant}", dict(genotype=found), variant=f"as-vit--{variant}", convert=convert,
         first_conv="patch_embed.proj", classifier="head.2", fixed_input_size=True,
     )  # fmt: skip
+family("as-vit", AsViT, convert, told)

@@ -17,8 +17,10 @@ from ..errors import VitreousError, nearest
 
 Build = Callable[..., nn.Module]
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Told = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 _published: dict[str, tuple[Build, Convert]] = {}
+_families: dict[str, tuple[Build, Convert, Told]] = {}
 SIDES = (224, 384, 256, 448, 512, 32, 64, 128, 192, 320, 288, 336, 518, 160, 96, 48, 240, 272, 392, 480, 560, 640, 768, 1024)
 
 
@@ -28,6 +30,12 @@ def official(name: str, build: Build, convert: Convert = dict) -> None:
     `build(**kwargs)` gives the model; `convert` turns the official state dict into ours and must use every tensor.
     """
     _published[name] = build, convert
+
+
+def family(system: str, build: Build, convert: Convert, told: Told) -> None:
+    """Let `load_official` take checkpoints of `system` whose variant it does not know, where every network is another: those that
+    were searched, or stitched. `told` gives the arguments of `build` that converted weights tell."""
+    _families[system] = build, convert, told
 
 
 def publish(
@@ -135,11 +143,14 @@ def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> n
     """The published `variant` with the weights of its official checkpoint, in eval mode.
 
     `variant` is the official name, as "pvt_tiny", or "system--variant" where several papers use one name (a bare "tiny" is
-    told apart by its tensors). `state` has the official repository's own names and is used strictly: a tensor that is
+    told apart by its tensors); of systems whose networks are found by a search also any other of theirs, as "vit-resnas--mine",
+    built by what its tensors tell. `state` has the official repository's own names and is used strictly: a tensor that is
     missing, left over or of another shape raises VitreousError, which names the `img_size` to pass where that is all there is to
     it. There are as many classes as the checkpoint's head has. `kwargs` go to the variant's builder.
     """
     found = [n for n in _published if n == variant or n.partition("--")[2] == variant]
+    if not found and (known := _families.get(variant.partition("--")[0])):
+        return _unnamed(variant, *known, state, kwargs)
     if not found:
         hint = nearest(variant, [*_published, *(n.partition("--")[2] for n in _published)])
         raise VitreousError(f"no published variant '{variant}'{hint}")
@@ -163,3 +174,18 @@ def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> n
         else:
             return model.eval()
     raise VitreousError(f"the weights do not fit {'; nor '.join(reasons)}")
+
+
+def _unnamed(
+    variant: str, build: Build, convert: Convert, told: Told, state: Mapping[str, Tensor], kwargs: dict[str, Any]
+) -> nn.Module:
+    try:
+        ours = convert(dict(state))
+        model = build(**{**told(ours), **kwargs})
+        if "num_classes" not in kwargs:
+            take_classes(model, ours)
+        model.load_state_dict(ours, strict=True)
+    except (RuntimeError, KeyError, ValueError, IndexError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise VitreousError(f"the weights do not fit {variant}: {' '.join(lines[1:3]) or lines[0]}"[:400]) from None
+    return model.eval()

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import VitreousError
-from .official import publish, renamed
+from .official import family, publish, renamed
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,23 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     )
 
 
+def told(state: dict[str, Tensor]) -> dict[str, Any]:
+    """With which `SNNet` has such weights, of heads 64 wide."""
+    depths = [1 + max(int(k.split(".")[3]) for k in state if k.startswith(f"anchors.{a}.blocks.")) for a in (0, 1)]
+    widths = [state[f"anchors.{a}.patch_embed.proj.weight"].shape[0] for a in (0, 1)]
+    places, patch = state["anchors.0.pos_embed"].shape[1], state["anchors.0.patch_embed.proj.weight"].shape[-1]
+    class_position = math.isqrt(places) ** 2 != places
+    return dict(
+        anchors=[(c, d, max(1, c // 64)) for c, d in zip(widths, depths, strict=True)],
+        rank=len(state.get("stitches.0.0.lora_A", ())),
+        patch_size=patch,
+        img_size=patch * math.isqrt(places),
+        class_position=class_position,
+        layer_scale="anchors.0.blocks.0.ls1.gamma" in state,
+        mlp_ratio=state["anchors.0.blocks.0.mlp.fc1.weight"].shape[0] / widths[0],
+    )
+
+
 for variant, sizes, rank in (
     ("ti_s_r16", ((192, 12, 3), (384, 12, 6)), 16),
     ("s_b", ((384, 12, 6), (768, 12, 12)), 64),
@@ -234,3 +251,4 @@ for variant, sizes, rank in (
         SNNet, f"sn_net_{variant}", dict(anchors=sizes, rank=rank), variant=f"sn-netv2--{variant}", convert=convert,
         first_conv="anchors.0.patch_embed.proj", classifier=("anchors.0.head", "anchors.1.head"), fixed_input_size=True,
     )  # fmt: skip
+family("sn-netv2", SNNet, convert, told)

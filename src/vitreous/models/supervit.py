@@ -7,6 +7,7 @@ fit it; `learn.InstaTune` trains plain blocks. `prune.subnet.sliced` runs sub-ne
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .official import official, renamed
+from .official import family, official, renamed
 
 
 class PostNormBlock(Block):
@@ -55,4 +56,17 @@ def supervit(**kwargs: Any) -> nn.Module:
     return VisionTransformer(**{**given, **kwargs}, block_fn=PostNormBlock, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
+def told(state: dict[str, Tensor]) -> dict[str, Any]:
+    """With which `supervit` has such weights; of how many heads they do not tell: `num_heads`, 12 unless it is given."""
+    embed, fc1 = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
+    return dict(
+        img_size=embed.shape[-1] * math.isqrt(state["pos_embed"].shape[1] - 1),
+        patch_size=embed.shape[-1],
+        embed_dim=len(embed),
+        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        mlp_ratio=len(fc1) / len(embed),
+    )
+
+
 official("instatune--supervit", supervit, convert)
+family("instatune", supervit, convert, told)

@@ -6,9 +6,11 @@ yilunliao/vit-search. `learn.MultiArchitecture` trains the supernet.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import VitreousError
 from ..mixers import conv_norm, require_size
 from .classifier import Classifier
-from .official import publish, renamed
+from .official import family, official, publish, renamed
 
 EPS = 1e-6
 PATCH = 14
@@ -235,11 +237,45 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^blocks\.(\d+)\.", place, k): v for k, v in state.items()}
 
 
-TINY = dict(
+def told(state: dict[str, Tensor]) -> dict[str, Any]:
+    """With which `ViTResNAS` has such weights, of heads 32, 48 and 64 wide as its searches have them."""
+    stages = [sorted({int(k.split(".")[2]) for k in state if k.startswith(f"stages.{i}.")}) for i in range(3)]
+    blocks = [(d, f"stages.{i}.{n}") for i, d in enumerate((32, 48, 64)) for n in stages[i]]
+    return dict(
+        img_size=PATCH * math.isqrt(state["pos_embed"].shape[1] - 1),
+        widths=[len(state[f"stages.{i}.0.norm1.weight"]) for i in range(3)],
+        depths=[len(s) for s in stages],
+        heads=[len(state[f"{at}.attn.qkv.weight"]) // (3 * d) for d, at in blocks],
+        hidden=[len(state[f"{at}.fc1.weight"]) for _, at in blocks],
+        middle=len(state["patch_embed.conv1.0.weight"]),
+    )
+
+
+TINY: dict[str, Any] = dict(
     heads=(3, 3, 3, 4, 4, 10, 8, 8, 8, 10, 10, 10, 10, 10, 8, 8),
     hidden=(704, 576, 640, 576, 704, 1408, 1408, 1280, 1408, 1280, 1024, 2560, 1792, 2816, 2816, 2560),
 )
-publish(
-    ViTResNAS, "vit_resnas_tiny", TINY, variant="vit-resnas--resnas_tiny", convert=convert,
-    first_conv="patch_embed.conv1.0", classifier=("head", "patch_head"), fixed_input_size=True,
+SMALL: dict[str, Any] = dict(
+    widths=(220, 440, 880),
+    depths=(6, 6, 5),
+    heads=(5, 5, 7, 5, 5, 5, 10, 10, 10, 10, 12, 12, 16, 12, 16, 12, 14),
+    hidden=(880, 880, 800, 720, 720, 720, 1760, 1440, 1920, 1600, 1600, 1440, 3200, 3200, 2880, 2240, 2560),
+)
+MEDIUM: dict[str, Any] = dict(
+    widths=(240, 640, 880),
+    depths=(7, 7, 6),
+    heads=(7, 6, 7, 8, 7, 8, 6, 10, 14, 14, 16, 14, 16, 16, 16, 10, 16, 12, 16, 14),
+    hidden=(960, 960, 800, 960, 880, 880, 800, 1120, 1760, 1920, 1760, 1440, 1760, 1920, 3200, 3840, 3840, 3200, 3520, 3520),
+)
+for size, shape in (("tiny", TINY), ("small", SMALL), ("medium", MEDIUM)):
+    publish(
+        ViTResNAS, f"vit_resnas_{size}", shape, variant=f"vit-resnas--resnas_{size}", convert=convert,
+        first_conv="patch_embed.conv1.0", classifier=("head", "patch_head"), fixed_input_size=True,
+    )  # fmt: skip
+# The network by hand that the paper compares with.
+BY_HAND: dict[str, Any] = dict(
+    widths=(192, 384, 768), head_dims=(64, 64, 64), depths=(4, 4, 4), heads=[n for n in (3, 6, 12) for _ in range(4)],
+    hidden=[4 * c for c in (192, 384, 768) for _ in range(4)],
 )  # fmt: skip
+official("vit-resnas--res_tiny_reference", partial(ViTResNAS, **BY_HAND), convert)
+family("vit-resnas", ViTResNAS, convert, told)
