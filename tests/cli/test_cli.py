@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +26,33 @@ from support import command
 import vitreous as vt
 import vitreous.search.job
 import vitreous.search.trial
+from vitreous.cli import main
 from vitreous.quant.layers import QuantLinear
 
 WRITTEN = {"manifest.json", "report.html", "proof.json", "model.safetensors", "model.onnx", "model.xml", "model.bin"}
 WRITTEN |= {"preprocess.json", "labels.txt", "recipe.json"}
-QUICK = """
-from vitreous.cli import main
-from vitreous.search import job, trial
+SMALL = ["vit_tiny_patch16_224", "--num-classes", "10", "--img-size", "32"]
+SMALL += [word for size in ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=3") for word in ("--model-arg", size)]
 
-job.SECONDS = trial.SECONDS = 0.1
-main()
-"""
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Let the job not wait until timing is sure."""
+    for room in (vitreous.search.trial, vitreous.search.job):
+        patch.setattr(room, "SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole run of the main job, in a process of its own, which does not wait until timing is sure."""
+    """One whole run of the main job."""
     out = tmp_path_factory.mktemp("job") / "out"
-    words = [sys.executable, "-c", QUICK, "slim", "--limit", "100", "--calibrate", "32", "--out", str(out)]
-    words += ["--steps", "EViT(keep=0.5), RepQ()"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "shipped" in done.stdout and "Traceback" not in done.stderr
+    words = ["slim", "--limit", "100", "--calibrate", "32", "--out", str(out), "--steps", "EViT(keep=0.5), RepQ()"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as error:
+        hurry(patch)
+        patch.setattr(sys, "argv", ["vitreous", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0, error.getvalue()
+    assert "shipped" in said.getvalue() and "Traceback" not in error.getvalue()
     return out
 
 
@@ -102,6 +110,7 @@ def test_main_job_result_loads_and_agrees_with_its_files(job: Path) -> None:
 def test_default_recipe_ships_float_when_integers_do_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    hurry(monkeypatch)
     real, refused = vitreous.search.trial.ship_all, []
 
     def no_integers(model: torch.nn.Module, paths: list[Path], **kwargs: Any) -> list[vt.Shipment]:
@@ -111,13 +120,11 @@ def test_default_recipe_ships_float_when_integers_do_not_run(
         return real(model, paths, **kwargs)
 
     monkeypatch.setattr(vitreous.search.trial, "ship_all", no_integers)
-    for room in (vitreous.search.trial, vitreous.search.job):
-        monkeypatch.setattr(room, "SECONDS", 0.1)
-    arguments = ["slim", "--limit", "64", "--calibrate", "16", "--budget", "100", "--out", str(tmp_path / "out")]
+    arguments = ["slim", *SMALL, "--limit", "16", "--calibrate", "8", "--budget", "100", "--out", str(tmp_path / "out")]
     status, out, _ = command(monkeypatch, capsys, *arguments)
     assert status == 0 and refused
     assert "RepQ was not shipped: this machine has no integers" in out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == WRITTEN
+    assert {p.name for p in (tmp_path / "out").iterdir()} == WRITTEN - {"labels.txt"}, "its classes have no names"
     kinds = [m["kind"] for m in json.loads((tmp_path / "out" / "proof.json").read_text())["models"]]
     assert "int8" not in kinds[2]
     assert [m.keep for m in vt.load(tmp_path / "out" / "model.safetensors").modules() if hasattr(m, "keep")] == [0.2]
@@ -161,19 +168,29 @@ def test_ctrl_c_within_compiled_code_is_still_ctrl_c(monkeypatch: pytest.MonkeyP
     assert (status, error) == (130, "vitreous: stopped: nothing was written\n")
 
 
-def test_full_disk(tmp_path: Path) -> None:
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A limit on file size stands in for a full disk: the same kind of error, from the same call."""
-    script = f"""
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-sys.argv = ["vitreous", "slim", "--limit", "40", "--steps", "EViT(keep=0.5)", "--out", {str(tmp_path / "out")!r}]
-from vitreous.cli import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "cannot" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        arguments = [
+            "slim",
+            *SMALL,
+            "--limit",
+            "16",
+            "--calibrate",
+            "4",
+            "--steps",
+            "EViT(keep=0.5)",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        status, _, error = command(monkeypatch, capsys, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2, error
+    assert "cannot" in error.splitlines()[-1] and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def folder(root: Path, classes: dict[str, int]) -> Path:

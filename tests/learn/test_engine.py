@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from learning import pictures, vit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vitreous as vt
@@ -128,19 +128,27 @@ class Centred(Objective):
         return {"centred": (seen.logits - mean).square().mean()}
 
 
+def both_ways(folder: Path, devices: int) -> None:
+    one = vt.train(vit(), pictures(), **KEYS, devices=devices)
+    whole = vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=devices)
+    if os.environ.get("RANK", "0") == "0":
+        save_file(one.state_dict(), folder / f"one{devices}.safetensors")
+        save_file(whole.state_dict(), folder / f"whole{devices}.safetensors")
+
+
 TWO = """
-import os, sys, torch
+import os, sys
+from pathlib import Path
 sys.path[:0] = {tests!r}
-from learning import pictures, vit
-from safetensors.torch import save_file
-from test_engine import KEYS, Centred
-import vitreous as vt
-many = int(os.environ.get("WORLD_SIZE", "1"))
-one = vt.train(vit(), pictures(), **KEYS, devices=many)
-whole = vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=many)
-if int(os.environ.get("RANK", "0")) == 0:
-    save_file(one.state_dict(), {out!r} + f"/one{{many}}.safetensors")
-    save_file(whole.state_dict(), {out!r} + f"/whole{{many}}.safetensors")
+from test_engine import both_ways
+both = []
+for rank in "01":  # after the imports, which take longer than all the rest
+    if not (child := os.fork()):
+        os.environ |= {{"RANK": rank, "LOCAL_RANK": rank}}
+        both_ways(Path({out!r}), 2)
+        sys.exit()
+    both.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both))
 """
 
 
@@ -154,12 +162,12 @@ def test_two_processes_equal_one(tmp_path):
     outside = {
         k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "LOCAL_", "WORLD_", "MASTER_", "NODE_"))
     }
-    said, runs = tmp_path / "said", [torchrun | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
+    said = tmp_path / "said"
     with said.open("w") as log:  # apart, so that no signal between them reaches what runs these tests
         keys = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        both = [subprocess.Popen([sys.executable, str(script)], env=outside | run, **keys) for run in (*runs, {})]
-        codes = [process.wait(timeout=600) for process in both]
-    assert codes == [0, 0, 0], said.read_text()[-3000:]
+        done = subprocess.run([sys.executable, str(script)], env=outside | torchrun, timeout=600, **keys)
+    assert done.returncode == 0, said.read_text()[-3000:]
+    both_ways(tmp_path, 1)
     for name in ("one", "whole"):
         alone, together = (load_file(tmp_path / f"{name}{many}.safetensors") for many in (1, 2))
         assert max(float((alone[k] - together[k]).abs().max()) for k in alone) < 1e-5, name

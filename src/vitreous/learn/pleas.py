@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import scipy
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..errors import VitreousError
@@ -39,7 +39,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def match(similar: Tensor) -> Tensor:
     """`[n]`: the unit of the second model for each of the first, so that the sum of `similar [n, n]` is largest."""
-    return torch.as_tensor(linear_sum_assignment(similar.double().cpu().numpy(), maximize=True)[1])
+    return torch.as_tensor(scipy.optimize.linear_sum_assignment(similar.double().cpu().numpy(), maximize=True)[1])
 
 
 def split(similar: Tensor, units: Tensor, ratio: float) -> Split:

@@ -110,15 +110,24 @@ def variants() -> list[str]:
     return sorted(_published)
 
 
-def fitting_side(build: Build, fits: Callable[[nn.Module], bool]) -> int | None:
-    """The side of the images for which `build(img_size=side)` gives a model that `fits`, of those in use; None for none of them.
+def in_common(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The share of the tensors of both that have the same name and shape in both."""
+    first, second = ({(k, v.shape) for k, v in state.items()} for state in (a, b))
+    return len(first & second) / max(len(first | second), 1)
+
+
+def fitting_side(model: nn.Module, build: Build, fitting: Callable[[nn.Module], float]) -> int | None:
+    """The side of the images for which `build(img_size=side)` gives a model that is `fitting` wholly (1), of those in use; None
+    for none of them, and at once where less than half fits `model`, for the size of images decides over few shapes.
 
     Nothing but shapes is built.
     """
+    if fitting(model) < 0.5:
+        return None
     for side in SIDES:
         try:
             with torch.device("meta"):
-                if fits(build(img_size=side)):
+                if fitting(build(img_size=side)) == 1:
                     return side
         except TypeError:  # built for any size
             return None
@@ -167,9 +176,8 @@ def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> n
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reasons.append(f"{name}: {' '.join(lines[1:3]) or lines[0]}"[:300])
             if any("size mismatch" in line for line in lines):
-                shapes = {k: v.shape for k, v in ours.items()}
-                fits = lambda m, shapes=shapes: {k: v.shape for k, v in m.state_dict().items()} == shapes
-                if side := fitting_side(partial(build, **{k: v for k, v in kwargs.items() if k != "img_size"}), fits):
+                sized = partial(build, **{k: v for k, v in kwargs.items() if k != "img_size"})
+                if side := fitting_side(model, sized, lambda m, ours=ours: in_common(m.state_dict(), ours)):
                     reasons[-1] = f"{name}: they are for images of {side} × {side} pixels: pass img_size={side}"
         else:
             return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+import scipy
 
 from .statistics import wilson
 
@@ -23,7 +23,7 @@ def caution(name: str, decided: np.ndarray, truth: np.ndarray, classes: int) -> 
     size = max(classes, int(decided.max()) + 1, int(truth.max()) + 1)
     confusion = np.zeros((size, size))
     np.add.at(confusion, (decided[half], truth[half]), 1)
-    to = linear_sum_assignment(confusion, maximize=True)[1]
+    to = scipy.optimize.linear_sum_assignment(confusion, maximize=True)[1]
     ordered = wilson(int((to[decided[~half]] == truth[~half]).sum()), int((~half).sum()))
     if ordered.low > max(accuracy.high, 0.5 * ordered.value) and ordered.value > 1.5 * accuracy.value:
         return (

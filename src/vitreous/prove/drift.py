@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..errors import VitreousError
@@ -88,7 +88,8 @@ def _compare(reference: str, before: np.ndarray | str, after: np.ndarray | str, 
         return f"heatmaps of {list(after.shape[1:])} patches cannot be compared with {list(before.shape[1:])}"
     moved = total_variation(before, after)
     flat = zip(before.reshape(len(before), -1), after.reshape(len(after), -1), strict=True)
-    ranks = [float(np.corrcoef(rankdata(b), rankdata(a))[0, 1]) if np.ptp(b) and np.ptp(a) else np.nan for b, a in flat]
+    rank = scipy.stats.rankdata
+    ranks = [float(np.corrcoef(rank(b), rank(a))[0, 1]) if np.ptp(b) and np.ptp(a) else np.nan for b, a in flat]
     known = np.array(ranks)[~np.isnan(ranks)]
     return Drift(
         images=len(moved),

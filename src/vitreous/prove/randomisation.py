@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from ..anatomy import read
@@ -97,7 +97,7 @@ def _classifier(model: nn.Module, copied: nn.Module, images: Tensor, ran: list[n
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman's correlation `[B]` of heatmaps `[B, h, w]`; 0 where one is constant."""
-    ranks = [rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (a, b)]
+    ranks = [scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (a, b)]
     x, y = (r - r.mean(1, keepdims=True) for r in ranks)
     size = np.sqrt((x * x).sum(1) * (y * y).sum(1))
     return np.where(size > 0, (x * y).sum(1) / np.where(size > 0, size, 1), 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom, binomtest
+import scipy
 
 RESAMPLES = 10_000
 TAILS = (2.5, 97.5)
@@ -22,7 +22,7 @@ class Interval:
 
 def wilson(successes: int, n: int) -> Interval:
     """The share `successes / n` with Wilson's score interval (Wilson 1927)."""
-    around = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    around = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return Interval(successes / n, float(around.low), float(around.high))
 
 
@@ -31,7 +31,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
     Under the null hypothesis each pair that changed is a fair coin (McNemar 1947); 1.0 when none changed.
     """
-    return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    return float(scipy.stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
 def paired_difference(lost: int, gained: int, n: int, seed: int = 0) -> Interval:
@@ -60,7 +60,7 @@ def median_ratio(reference: np.ndarray, other: np.ndarray) -> Interval:
     range of all.
     """
     ratios = np.sort(np.asarray(reference, float) / np.asarray(other, float))
-    k = max(int(binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)  # P(fewer than k + 1 ratios below the median) < 0.025
+    k = max(int(scipy.stats.binom.ppf(0.025, len(ratios), 0.5)) - 1, 0)  # P(fewer than k + 1 ratios below the median) < 0.025
     return Interval(float(np.median(ratios)), float(ratios[k]), float(ratios[len(ratios) - 1 - k]))
 
 

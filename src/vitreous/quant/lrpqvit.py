@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from ..anatomy import read
@@ -154,14 +154,15 @@ def allocate(
     done = np.array(operations, dtype=float) / sum(operations)
     stored = np.array(weights, dtype=float) / max(sum(weights), 1)
     one_each = np.kron(np.eye(n), np.ones(len(d)))
-    found = milp(
+    limit = scipy.optimize.LinearConstraint
+    found = scipy.optimize.milp(
         np.kron(np.array(scores, dtype=float), 4.0**-d),
         integrality=np.ones(n * len(d)),
-        bounds=Bounds(0, 1),
+        bounds=scipy.optimize.Bounds(0, 1),
         constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.kron(stored, d), -np.inf, 1e-9),
-            LinearConstraint((done[:, None] * costs).ravel(), -np.inf, float(done @ cost) + 1e-9),
+            limit(one_each, 1, 1),
+            limit(np.kron(stored, d), -np.inf, 1e-9),
+            limit((done[:, None] * costs).ravel(), -np.inf, float(done @ cost) + 1e-9),
         ],
         options={"mip_rel_gap": 1e-4, "node_limit": 20_000},
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from scipy.stats import kendalltau
+import scipy
 from torch import Tensor, nn
 
 from ..errors import VitreousError
@@ -84,7 +84,7 @@ class Explorer:
             return f"{len(told)} latencies were predicted before they were measured: too few to tell how well"
         guess, ms, macs = (np.array(column, float) for column in zip(*told, strict=True))
         error = 100 * float(np.mean(np.abs(guess / ms - 1)))
-        tau, by_macs = (float(cast(Any, kendalltau(x, ms)).statistic) for x in (guess, macs))
+        tau, by_macs = (float(cast(Any, scipy.stats.kendalltau(x, ms)).statistic) for x in (guess, macs))
         return (
             f"latencies predicted before they were measured: {len(told)}, mean error {error:.1f} %, "
             f"Kendall's τ with the measured {tau:.2f} (of MACs {by_macs:.2f})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from ..blocks import Tokens, plain_blocks, shared_copy
@@ -100,5 +100,5 @@ class Predictor:
             start = related * np.median(t / (x @ related))
         size = np.where(x.any(0), x.mean(0), x[:, STREAM].mean()) / t.mean()
         hold = np.diag(HELD**0.5 * size)
-        found, _ = nnls(np.vstack([x / t[:, None], hold]), np.append(np.ones(len(t)), hold @ start))
+        found, _ = scipy.optimize.nnls(np.vstack([x / t[:, None], hold]), np.append(np.ones(len(t)), hold @ start))
         return found

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from .patches import grid_of
@@ -116,8 +116,8 @@ def hops_and_pixels(grid: tuple[int, int], patch: tuple[float, float]) -> tuple[
 def _trend(measures: np.ndarray) -> np.ndarray:
     """Spearman's correlation `[n, 3]` of the layer's number with `[n, 3, layers, heads]`; NaN where either is constant."""
     exist = ~np.isnan(measures[0, 0])
-    ranks = rankdata(measures[..., exist], axis=-1)
-    number = rankdata(np.nonzero(exist)[0])
+    ranks = scipy.stats.rankdata(measures[..., exist], axis=-1)
+    number = scipy.stats.rankdata(np.nonzero(exist)[0])
     ranks, number = ranks - ranks.mean(-1, keepdims=True), number - number.mean()
     with np.errstate(invalid="ignore", divide="ignore"):
         return ranks @ number / np.sqrt((ranks**2).sum(-1) * (number**2).sum())

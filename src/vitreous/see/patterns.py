@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 
 from .. import calibrate
@@ -140,7 +140,8 @@ def patterns(model: nn.Module, images: Images, clusters: int = 8, batch: int = 1
     centred = codes - codes.mean(0)
     at[exist] = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
     numbers = np.zeros(exist.shape, int)
-    numbers[exist] = fcluster(linkage(codes, "ward"), clusters, "maxclust") if len(codes) > 1 else 1
+    tree = scipy.cluster.hierarchy
+    numbers[exist] = tree.fcluster(tree.linkage(codes, "ward"), clusters, "maxclust") if len(codes) > 1 else 1
     counts = Counter(labels[exist].tolist()).most_common()
     tick(1.0)
     return Patterns(

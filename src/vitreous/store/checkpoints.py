@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import VitreousError
 from ..files.archives import refuse_bomb
+from ..models.official import in_common
 from ..schema import plain
 from .expects import INTERPOLATIONS
 from .record import arguments
@@ -220,10 +221,9 @@ def fill(model: nn.Module, given: Checkpoint) -> list[str]:
     return [*given.notes, *notes]
 
 
-def fits(model: nn.Module, given: Checkpoint) -> bool:
-    """Whether all of the weights have a place in `model`, and the shape that they have there; nothing is loaded."""
-    shapes = {k: v.shape for k, v in _matched(model, given.state)[0].items()}
-    return shapes == {k: v.shape for k, v in model.state_dict().items()}
+def fitting(model: nn.Module, given: Checkpoint) -> float:
+    """The share of the weights, of the model's and the file's, that are in both in the same shape; nothing is loaded."""
+    return in_common(model.state_dict(), _matched(model, given.state)[0])
 
 
 def _other_shape(model: nn.Module, wrong: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

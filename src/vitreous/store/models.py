@@ -25,7 +25,7 @@ from ..models.official import fitting_side
 from ..outputs import tensors
 from ..steps import History, history_of, refuse_nan, remember
 from ..work import fingerprint
-from .checkpoints import Checkpoint, as_built, fill, fits, read, read_safetensors, trained_as
+from .checkpoints import Checkpoint, as_built, fill, fitting, read, read_safetensors, trained_as
 from .expects import class_names, expect, expectations, restore
 from .hugging_face import PREFIX, base_of, built, open_folder, timm_folder
 from .record import HUBS, NEVER, affordable, arguments, fits_memory, read_record, refuse_hub, refuse_reading
@@ -120,7 +120,7 @@ def _opened(
         except VitreousError as error:
             file, others = given, {k: v for k, v in kwargs.items() if k != "img_size"}
             build = lambda img_size: _create(name, False, {**others, "img_size": img_size})
-            side = fitting_side(build, lambda m: fits(m, file)) if "of another shape" in str(error) else None
+            side = fitting_side(opened, build, lambda m: fitting(m, file)) if "of another shape" in str(error) else None
             raise VitreousError(f"{error}: img_size={side} fits" if side else str(error)) from None
         if built := trained | more:
             notes.append("built as the file tells: " + ", ".join(f"{k}={v!r}" for k, v in built.items()))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau
+import scipy
 
 from ...errors import VitreousError
 from .evolve import Evolution, Genes, evolve
@@ -65,7 +65,7 @@ class Predictor:
 def quality(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float]:
     """Mean error as a share of what was measured, and Kendall's τ."""
     guess, true = np.asarray(predicted, float), np.asarray(measured, float)
-    rank: Any = kendalltau(guess, true)
+    rank: Any = scipy.stats.kendalltau(guess, true)
     return float(np.mean(np.abs(guess - true) / np.maximum(np.abs(true), 1e-12))), float(rank.statistic)
 
 
