@@ -12,6 +12,7 @@ from vitreous.errors import VitreousError
 from vitreous.quant.calibration import Watch
 from vitreous.quant.isvit import SHIFTS, ChannelWise, ISViT, ShiftUniformLog2, fit_weight
 from vitreous.quant.layers import Quantizer, quant_layers
+from vitreous.quant.reconstruction import record
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +125,20 @@ def test_learning_pays_and_each_stage_does_its_part(uneven: nn.Module, images: T
 
 
 def test_the_stages(uneven: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, bool]] = []
+    seen: list[tuple[bool, bool, bool]] = []
+    floats = [record(uneven, f"blocks.{i}", images)[0] for i in (0, 1)] * 2
 
     def spy(unit: nn.Module, x: Tensor, y: Tensor, parameters: list, *rest: object) -> None:
         layers = [*quant_layers(unit).values()]
         assert {id(p) for p in parameters} == {id(p) for layer in layers for p in (layer.weight, layer.bias)}
         if len(layers) == 4:
-            seen.append((isinstance(layers[0].quant_x, ChannelWise), layers[0].quant_w.watcher is None))
+            as_floats = torch.allclose(x, floats[len(seen)], atol=1e-4)
+            seen.append((isinstance(layers[0].quant_x, ChannelWise), layers[0].quant_w.watcher is None, as_floats))
             assert isinstance(layers[1].quant_x, Quantizer)
 
     monkeypatch.setattr(module, "descend", spy)
     ISViT(4, 4).apply(uneven, images)
-    assert seen == [(True, False), (True, False), (False, True), (False, True)]
+    assert seen == [(True, False, True)] * 2 + [(False, True, False)] * 2
 
 
 def test_what_is_learned_lies_on_the_grid_and_within_the_limit(uneven: nn.Module, images: Tensor, others: Tensor) -> None:
@@ -146,7 +149,11 @@ def test_what_is_learned_lies_on_the_grid_and_within_the_limit(uneven: nn.Module
             q = layer.weight / layer.quant_w.scale[:, None].reshape(-1, *[1] * (layer.weight.ndim - 1))
             assert torch.allclose(q, q.round(), atol=1e-3) and q.abs().max() < limit + 0.1
             assert isinstance(layer.quant_x, Quantizer) and layer.quant_x.scale.ndim == 0
-    probs = ISViT(4, 4, iterations=0).apply(uneven, images).blocks[0].attn.operands["probs"]
+    few = ISViT(4, 4, iterations=0).apply(uneven, images)
+    wide, even = (record(m, "blocks.0.norm1", images)[1].flatten(0, 1).aminmax(dim=0) for m in (uneven, few))
+    assert (wide.max - wide.min).max() > 20 * (wide.max - wide.min).median()
+    assert (even.max - even.min).max() < 2 * (even.max - even.min).median(), "the channels' scales are in the LayerNorm"
+    probs = few.blocks[0].attn.operands["probs"]
     assert isinstance(probs, ShiftUniformLog2) and probs.bits == 4
     with pytest.raises(VitreousError, match="iterations"):
         ISViT(iterations=-1)

@@ -119,6 +119,20 @@ def test_it_beats_nearest_on_the_output(bits: int) -> None:
     assert not layer.weight.grad and torch.equal(learned, learn_rounding(layer, x, y, q, 150)), "the same each time"
 
 
+def test_no_output_is_worse_than_rounded_to_nearest() -> None:
+    """A few iterations at the highest rate leave weights on their way."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 64), correlated(400, 32)
+    q = quantizer(layer.weight.detach(), 4)
+    learned = learn_rounding(layer, x, layer(x).detach(), q, iterations=8)
+
+    def errors(w: Tensor) -> Tensor:
+        return (x @ (w - layer.weight.detach()).T).square().mean(0)
+
+    assert (errors(learned) <= errors(q(layer.weight.detach())) + 1e-9).all()
+    assert not torch.equal(learned, q(layer.weight.detach()))
+
+
 def test_it_makes_up_for_what_its_input_lost() -> None:
     """Asymmetric reconstruction: the target is the float output on the float input."""
     torch.manual_seed(0)
