@@ -24,6 +24,7 @@ from vitreous.errors import VitreousError
 from vitreous.operators import matmul_integer, quantize
 from vitreous.quant import MinMax
 from vitreous.quant.integer import (
+    Grid,
     IntegerLinear,
     Requantize,
     isqrt,
@@ -201,6 +202,15 @@ def test_requantizing_by_hand() -> None:
     q = Requantize(torch.tensor(0.375), -128, 127, torch.tensor(1.0))
     assert int(q.shift) == 25 and int(q.multiplier) == 3 * 2**22 and int(q.addend) == 2**25 + 2**24
     assert q(torch.tensor([10, -10, 1, 4, -4, 1000, -1000])).tolist() == [5, -3, 1, 3, 0, 127, -128]
+
+
+def test_grids_by_hand() -> None:
+    lopsided, above = Grid.skewed([-1.0, 4.1]), Grid.skewed([2.0, 5.1])
+    assert (lopsided.scale, lopsided.zero) == (pytest.approx(0.02), -78), "−1 is −128 and 4.1 is 127"
+    assert (above.scale, above.zero) == (pytest.approx(0.02), -128), "0 is on every grid"
+    assert Grid.signed([-1.0, 2.54]) == Grid(0.02, -128, 127)
+    fine, one = Grid.inverse([-3.0, 2.0], 2.0)  # 32767 steps of 1/(2 · one) reach 3
+    assert one == 32767 // 6 and fine.scale == 1 / (2 * one)
 
 
 def test_requantizing_is_near_monotone_and_by_channel() -> None:

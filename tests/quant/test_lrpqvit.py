@@ -44,6 +44,9 @@ class TestAllocation:
         assert chosen(0.3, 0.9, 0.3) == [0, 0, 0]  # 0.675 for 1.8
         # A layer that is small pays little: it may have more however little it matters.
         assert allocate([0.1, 0.5, 0.0], [1, 100, 2], [1, 100, 2], (4, 4), [-1, 0, 1]) == [1, 0, -1]
+        # Each budget holds by itself: what is stored is not paid for by operations, nor they by it.
+        assert allocate([1.0, 0.0], [100, 1], [1, 100], (4, 4), [-1, 0, 1])[0] == 0
+        assert allocate([1.0, 0.0], [1, 100], [100, 1], (4, 4), [-1, 0, 1])[0] == 0
 
     def test_against_all_ways(self) -> None:
         g = torch.Generator().manual_seed(0)
@@ -88,7 +91,9 @@ class TestAllocation:
         scores = layer_relevance(silent, images)
         assert scores["head"] == pytest.approx(1, abs=1e-3) and scores[f"blocks.{quiet}.mlp.fc2"] < 1e-4
         assert scores[f"blocks.{loud}.mlp.fc2"] > 1e-4
-        bits = {n: m.quant_w.bits for n, m in quant_layers(LRPQViT(4, 4).apply(silent, images)).items()}
+        small = LRPQViT(4, 4).apply(silent, images)
+        assert {o.bits for o in small.blocks[quiet].attn.operands.values()} == {3}, "products too"
+        bits = {n: m.quant_w.bits for n, m in quant_layers(small).items()}
         assert bits[f"blocks.{quiet}.mlp.fc2"] == 3 and bits[f"blocks.{loud}.mlp.fc2"] >= 4
 
     def test_layers_of_one_norm_have_the_same_bits(self, images: Tensor) -> None:
