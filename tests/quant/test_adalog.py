@@ -15,10 +15,23 @@ from vitreous.errors import VitreousError
 from vitreous.quant import MinMax, RepQ
 from vitreous.quant import adalog as adalog_module
 from vitreous.quant import fpcs as fpcs_module
-from vitreous.quant.adalog import AdaLog, AdaLogQuantizer, HeadQuantizer, fit_operand, fit_weight, observe, share_scale
+from vitreous.quant.adalog import (
+    AdaLog,
+    AdaLogQuantizer,
+    HeadQuantizer,
+    fit_input,
+    fit_layer,
+    fit_operand,
+    fit_product,
+    fit_weight,
+    observe,
+    share_scale,
+)
+from vitreous.quant.calibration import Watch
 from vitreous.quant.fpcs import fpcs, uniform, uniform_pairs
 from vitreous.quant.layers import LogSqrt2, Quantizer, QuantLinear, quant_layers
 from vitreous.quant.posttraining import norm_readers
+from vitreous.quant.reparameterization import channel_grids
 from vitreous.steps import history_of
 from vitreous.work import Work, working
 
@@ -107,6 +120,15 @@ class TestSearch:
         assert torch.equal(found[1], zeros)
         assert (found[0] - wanted).abs().max() <= 1 / 15 / 4**2, "two refinements, each to a quarter of the spacing"
 
+    def test_what_is_second_at_first_may_win(self) -> None:
+        found, _ = fpcs(
+            torch.arange(8.0),
+            torch.zeros(8),
+            torch.tensor(1.0),
+            lambda a, b: torch.minimum(0.2 + (a - 2).abs(), (a - 5.25).abs()),
+        )
+        assert found == 5.25
+
     def test_no_coarse_pair_is_better(self) -> None:
         g = torch.Generator().manual_seed(0)
         for _ in range(20):
@@ -150,6 +172,69 @@ class TestSearch:
         every = {q: float(loss(quantizer.on_grid(probs, torch.ones(()), torch.tensor(q))).mean()) for q in range(10, 138)}
         assert every[int(quantizer.q)] == pytest.approx(min(every.values()))
         assert every[int(quantizer.q)] < every[37] and loss(LogSqrt2(3)(probs)).mean() > every[int(quantizer.q)]
+
+    def test_base_with_the_least_error_of_what_an_activation_gives(self) -> None:
+        x = nn.functional.gelu(torch.randn(400, 8, generator=torch.Generator().manual_seed(3)))
+        quantizer = AdaLogQuantizer(3)
+        quantizer.shift.fill_(0.17)
+        quantizer.scale.copy_(x.max() + 0.17)
+        fit_input(quantizer, x, x.aminmax(), lambda y: (y - x).square().mean())
+
+        def loss(scale: Tensor, q: Tensor) -> float:
+            return float((quantizer.on_grid(x + 0.17, scale, q) - 0.17 - x).square().mean())
+
+        two = min(loss(s, torch.tensor(37)) for s in torch.linspace(0.5, 1.2, 50) * (x.max() + 0.17))
+        assert loss(quantizer.scale, quantizer.q) < 0.8 * two
+
+    def test_by_turns_each_factor_meets_the_other_as_it_is_quantized(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        layer = QuantLinear(nn.Linear(8, 6), Quantizer(3), Quantizer(3, channels=6))
+        x, w, seen, alone, met = torch.randn(50, 8), layer.weight.detach(), Watch("", True, 10**6), [], []
+        seen(x)
+
+        def input_spy(quantizer: Quantizer, x: Tensor, span: Any, error: Any) -> None:
+            alone.append((float(error(x)), float((x @ (layer.quant_w.quantized(w) - w).T).square().mean())))
+            fit_input(quantizer, x, span, error)
+
+        def weight_spy(quantizer: Quantizer, w: Tensor, given: Tensor, exact: Tensor) -> None:
+            met.append(torch.equal(given, layer.quant_x.quantized(x)) and torch.allclose(exact, x @ w.T, atol=1e-5))
+            fit_weight(quantizer, w, given, exact)
+
+        monkeypatch.setattr(adalog_module, "fit_input", input_spy)
+        monkeypatch.setattr(adalog_module, "fit_weight", weight_spy)
+        with torch.no_grad():
+            fit_layer(layer, seen)
+        (first, _), (second, by_weight) = alone
+        assert first < 1e-9 and second == pytest.approx(by_weight, rel=1e-4) and second > 1e-4 and met == [True, True]
+
+    def test_by_turns_for_products_head_by_head(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        factors = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 4, 9)
+        quantizers, errors = (HeadQuantizer(3, channels=3), HeadQuantizer(3, channels=3)), []
+        seen = adalog_module.WatchHeads(None), adalog_module.WatchHeads(None)
+        for watch, x in zip(seen, factors, strict=True):
+            watch(x)
+
+        def spy(quantizer: HeadQuantizer, x: Tensor, seen: Any, error: Any) -> None:
+            errors.append(error(x))
+            fit_operand(quantizer, x, seen, error)
+
+        monkeypatch.setattr(adalog_module, "fit_operand", spy)
+        fit_product(quantizers, seen, factors)
+        one, two, three, _ = errors
+        assert torch.equal(one, torch.zeros(3)) and (two > 1e-4).all() and len(two.unique()) == 3
+        assert (three > 1e-4).all(), "keys are quantized by then"
+
+    def test_channels_of_a_norm_are_searched(self) -> None:
+        torch.manual_seed(0)
+        layer = QuantLinear(nn.Linear(8, 4), Quantizer(4), Quantizer(4, channels=4), "norm")
+        norm, seen, x = nn.LayerNorm(8), Watch("", True, 10**6), torch.randn(3000, 8) ** 3
+        seen(x)
+        scale, zero = channel_grids(seen, 4)
+        with torch.no_grad():
+            share_scale(norm, [layer], [seen])
+            off = (layer.quant_x(seen.samples) - seen.samples) / norm.weight
+        assert off.square().mean() < 0.95 * (uniform(x, scale, zero, 4) - x).square().mean()
 
     def test_weights_follow_what_they_are_multiplied_with(self) -> None:
         """Large weights of inputs that are zero do not matter: the grid should serve the others."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vitreous.errors import VitreousError
 from vitreous.quant.calibration import watch
 from vitreous.quant.layers import LogSqrt2, Quantizer, quant_layers
-from vitreous.quant.lrpqvit import LRPQViT, allocate, clipped_grids, layer_relevance
-from vitreous.quant.posttraining import norm_readers
+from vitreous.quant.lrpqvit import LRPQViT, _units, allocate, clipped_grids, layer_relevance
+from vitreous.quant.posttraining import norm_readers, survey
 from vitreous.quant.reparameterization import channel_grids
 from vitreous.steps import history_of, make_step
 
@@ -95,6 +95,13 @@ class TestAllocation:
         assert {o.bits for o in small.blocks[quiet].attn.operands.values()} == {3}, "products too"
         bits = {n: m.quant_w.bits for n, m in quant_layers(small).items()}
         assert bits[f"blocks.{quiet}.mlp.fc2"] == 3 and bits[f"blocks.{loud}.mlp.fc2"] >= 4
+
+    def test_what_the_budgets_count(self, model: nn.Module, images: Tensor) -> None:
+        layers = survey(model, images[:1])
+        found = {u.names[0]: (u.weights, u.operations) for u in _units(model, images[:1], layers)}
+        assert found["patch_embed.proj"] == (48 * 192, 16 * 48 * 192) and found["head"] == (48 * 7, 48 * 7)
+        assert found["blocks.0.mlp.fc1"] == (48 * 192, 17 * 48 * 192)
+        assert found["blocks.0.attn.qk"] == found["blocks.1.attn.av"] == (0, 17 * 17 * 3 * 16)
 
     def test_layers_of_one_norm_have_the_same_bits(self, images: Tensor) -> None:
         gated = small_vit(depth=3, mlp_layer=timm.layers.SwiGLU)

@@ -13,6 +13,7 @@ from support import error, small_vit, uneven_vit
 from torch import Tensor, nn
 
 from vitreous.quant.layers import FakeQuantizer, Quantizer, QuantLinear, quant_layers
+from vitreous.quant.minmax import MinMax
 from vitreous.quant.mptq import MPTQ, TwoRegion, before, greedy, only, parts, scouts
 from vitreous.quant.mse import MSE
 from vitreous.quant.percentile import Histogram
@@ -140,6 +141,9 @@ def test_the_bias_term_centres_each_channel_and_keeps_the_function(
         unquantized(images)
     low, high = seen[0].aminmax(dim=0)
     assert ((low + high).abs() <= 1e-3 * (high - low)).all()
+    s = off_centre.blocks[1].norm1.weight / unquantized.blocks[1].norm1.weight
+    reach, most = s * (high - low) / 2, off_centre.blocks[1].attn.qkv.weight.abs().amax(0)
+    assert torch.allclose(s, (reach / most).sqrt(), rtol=1e-3), "SmoothQuant's equation 4 on what is left"
 
 
 def test_centring_pays_where_channels_lie_on_both_sides(images: Tensor, others: Tensor) -> None:
@@ -162,10 +166,13 @@ def test_centring_pays_where_channels_lie_on_both_sides(images: Tensor, others: 
 
 
 def test_at_eight_bits_everything_is_uniform_and_deployable(model: nn.Module, images: Tensor) -> None:
+    plain = MinMax().apply(model, images)
     for step in (MPTQ(), MPTQ(softmax=True), MPTQ(mixed=True)):
         small = step.apply(model, images)
         assert not any(isinstance(m, TwoRegion) for m in small.modules()) and not getattr(small, "simulated", "")
         assert history_of(small).done[0][1]["bits"] == {}
+        assert torch.equal(small.head.quant_w.scale, plain.head.quant_w.scale), "whole ranges"
+        assert torch.allclose(small.blocks[0].attn.proj.quant_x.scale, plain.blocks[0].attn.proj.quant_x.scale, rtol=1e-4)
 
 
 def test_regions_are_where_they_belong(model: nn.Module, images: Tensor, others: Tensor) -> None:
@@ -173,7 +180,10 @@ def test_regions_are_where_they_belong(model: nn.Module, images: Tensor, others:
     assert "4-bit" in small.simulated
     where = {n for n, m in small.named_modules() if isinstance(m, TwoRegion)}
     assert where == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.operands.probs", "mlp.fc2.quant_x")}
-    assert error(small, model, others) < error(MSE(4, 4).apply(model, images), model, others)
+    rival = MSE(4, 4).apply(model, images)
+    assert error(small, model, others) < error(rival, model, others)
+    assert torch.equal(small.head.quant_w.scale, rival.head.quant_w.scale), "ranges of the least squared error"
+    assert torch.allclose(small.blocks[0].attn.proj.quant_x.scale, rival.blocks[0].attn.proj.quant_x.scale, rtol=1e-3)
 
 
 def test_greedy_by_hand() -> None:
@@ -183,6 +193,8 @@ def test_greedy_by_hand() -> None:
     assert greedy(errors, {"a": 100, "b": 10}, 3) == {"a": 2, "b": 4}  # a: 0.1/100, then 0.4/100 against 0.4/10
     assert greedy(errors, {"a": 10, "b": 100}, 3) == {"a": 4, "b": 2}  # b: 0.4/100, then 0.5/100; a: 0.1/10
     assert greedy(errors, {"a": 100, "b": 10}, 2) == {"a": 2, "b": 2}
+    errors["a"] = {bits: 1 + error for bits, error in errors["a"].items()}  # what it lost before counts for nothing
+    assert greedy(errors, {"a": 100, "b": 10}, 3) == {"a": 2, "b": 4}
 
 
 def average(small: nn.Module) -> tuple[float, float]:

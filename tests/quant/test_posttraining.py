@@ -313,6 +313,19 @@ def test_layers_that_are_not_called_are_left_alone(images: Tensor) -> None:
     assert error(MinMax().apply(model, images), model, images) < 0.1
 
 
+def test_what_a_layer_reads_from_two_sides_takes_no_scales_from_one(model: nn.Module, images: Tensor) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.vit.blocks[0].mlp.fc1(x.new_ones(len(x), 48)).mean() + self.vit(x)
+
+    found = survey(Twice(), images[:1])
+    assert found["vit.blocks.1.mlp.fc1"] == ("norm", "vit.blocks.1.norm2") and found["vit.blocks.0.mlp.fc1"] == ("", "")
+
+
 def test_keeps_training(model: nn.Module, images: Tensor) -> None:
     small = RepQ(4, 4).apply(model, images).train()
     small(images[:4]).square().mean().backward()

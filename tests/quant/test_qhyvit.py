@@ -102,17 +102,20 @@ def test_folding_changes_nothing_and_leaves_no_batch_norm(model: nn.Module, othe
     assert error(folded, model, others) < 1e-5
 
 
-def test_folding_by_hand() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2, eps=0.0)).eval()
+@pytest.mark.parametrize(("bias", "expected"), [(None, [-2.5, 7.0]), ([1.0, 2.0], [0.5, 11.0])])
+def test_folding_by_hand(bias: list[float] | None, expected: list[float]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=bias is not None), nn.BatchNorm2d(2, eps=3.0)).eval()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([3.0, -1.0]).reshape(2, 1, 1, 1))
+        if bias is not None:
+            model[0].bias.copy_(torch.tensor(bias))
         model[1].running_mean.copy_(torch.tensor([1.0, 0.0]))
-        model[1].running_var.copy_(torch.tensor([4.0, 1.0]))
+        model[1].running_var.copy_(torch.tensor([1.0, -2.0]))  # with ε 4 and 1
         model[1].weight.copy_(torch.tensor([6.0, 2.0]))
         model[1].bias.copy_(torch.tensor([0.5, 7.0]))
     assert foldable(model, torch.ones(1, 1, 2, 2)) == [("0", "1")]
     fold(model, [("0", "1")])
-    assert model[0].weight.flatten().tolist() == [9.0, -2.0] and model[0].bias.tolist() == [-2.5, 7.0]
+    assert model[0].weight.flatten().tolist() == [9.0, -2.0] and model[0].bias.tolist() == expected
 
 
 def test_what_others_read_too_is_not_folded() -> None:
@@ -460,13 +463,18 @@ def test_one_logit_is_weighed_as_two_classes() -> None:
     with torch.no_grad():
         two[3].weight.copy_(torch.cat([torch.zeros(1, 8), one[3].weight]))
         two[3].bias.copy_(torch.cat([torch.zeros(1), one[3].bias]))
-    x, step = torch.randn(4, 3, 2, 2), QHyViT(4, 4)
+    x, step = torch.randn(4, 3, 2, 2) * torch.tensor([1.0, 3.0, 9.0, 27.0]).reshape(4, 1, 1, 1) / 9, QHyViT(4, 4)
     found = []
     for net in (one, two):
         start = structure(step, net, x)
         with torch.no_grad():
             for layer in quant_layers(start).values():
                 layer.quant_x.set(torch.tensor(1.0), torch.tensor(8))  # so that what is quantized is off
-        found.append(observe(start, {"1": start.get_submodule("1")}, x, {"1"})[1]["1"][0])
+        drawn, slopes = observe(start, {"1": start.get_submodule("1")}, x, {"1"})
+        found.append(slopes["1"][0])
+        rows, weighted = drawn["1"]
+        assert weighted.sum() == pytest.approx(float(found[-1].sum()), rel=0.3), "a few rows, weighted, stand for all"
+        assert rows.square().sum(2).mean() > 1.3 * x.flatten(1).square().sum(1).mean(), "loud ones are drawn more often"
+        assert len(rows[0].unique(dim=0)) == 4, "and quiet ones too"
     assert found[0].abs().max() > 0
     torch.testing.assert_close(*found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitreous.quant.calibration import search
+from vitreous.quant.calibration import search, search_log, weight_grid
 from vitreous.quant.layers import LogSqrt2, Quantizer
 
 
@@ -94,3 +94,21 @@ def test_the_search_treats_columns_apart() -> None:
     scale, zero = search(x, quantizer.grid, 0, 15)
     alone = [search(x[:, [i]], quantizer.grid, 0, 15) for i in range(6)]
     assert torch.allclose(scale, torch.cat([s for s, _ in alone])) and torch.equal(zero, torch.cat([z for _, z in alone]))
+
+
+def test_the_scale_of_a_logarithmic_grid_is_searched() -> None:
+    """Below a few rare ones lie most values, on which the grid should begin."""
+    x = torch.cat([0.83 * torch.rand(20_000, generator=torch.Generator().manual_seed(0)) ** 0.2, torch.ones(10)])
+    quantizer = LogSqrt2(4)
+    scales = [x.quantile(p) for p in (0.999, 0.9999, 0.99999)]
+    errors = [float((quantizer.on_grid(x, s) - x).square().mean()) for s in scales]
+    assert errors[0] < 0.97 * min(errors[1:]) and search_log(x, quantizer) == scales[0]
+
+
+def test_weights_are_clipped_below_eight_bits_alone() -> None:
+    weight = torch.rand(3, 40_000, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] = 12.0
+    for bits in (4, 8):
+        q = Quantizer(bits, symmetric=bits == 8, channels=3)
+        found, whole = weight_grid(weight, q)[0], q.grid(*weight.aminmax(dim=1))[0]
+        assert torch.equal(found, whole) if bits == 8 else (found < 0.2 * whole).all()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitreous.quant import MinMax
 from vitreous.quant import reconstruction as module
-from vitreous.quant.layers import Quantizer, quant_layers
+from vitreous.quant.layers import Quantizer, QuantLinear, quant_layers
 from vitreous.quant.reconstruction import Faster, bake, descend, in_floats, keep_within, record, unchanged, units, walk
 from vitreous.steps import slim
 from vitreous.tokens import EViT
@@ -131,6 +131,34 @@ def test_descent_lowers_the_error_of_a_block_and_leaves_no_trace(small: nn.Modul
         after = (block(x) - y).square().mean()
     assert after < 0.85 * before and torch.equal(frozen, block.norm1.weight)
     assert [p.requires_grad for p in parameters].count(False) == 1 and all(p.grad is None for p in block.parameters())
+
+
+def far(limit: int | None = None) -> tuple[QuantLinear, Tensor]:
+    """A layer and inputs for which far more is wanted than it gives."""
+    torch.manual_seed(0)
+    layer = QuantLinear(nn.Linear(6, 3), Quantizer(8), Quantizer(8, symmetric=True, limit=limit, channels=3))
+    x = torch.randn(8, 6)
+    layer.quant_x.set(*layer.quant_x.grid(*x.aminmax()))
+    layer.quant_w.set(*layer.quant_w.grid(*layer.weight.detach().aminmax(dim=1)))
+    return layer, x
+
+
+def test_the_rate_falls_and_what_does_not_help_is_taken_back() -> None:
+    layer, x = far()
+    before = layer.bias.detach().clone()
+    descend(layer, x, layer(x).detach() + 100, [layer.bias], 2, 0.1, 8)
+    # Adam's first steps are as long as its rate: 0.1, then half of it, for of two iterations one is done.
+    assert torch.allclose(layer.bias - before, torch.tensor(0.15), rtol=1e-2)
+    after = layer.bias.detach().clone()
+    descend(layer, x, layer(x).detach() + 0.1, [layer.bias], 1, 50.0, 8)
+    assert torch.equal(layer.bias, after)
+
+
+def test_learned_weights_stay_within_their_limit() -> None:
+    layer, x = far(limit=63)
+    descend(layer, x, 3 * layer(x).detach(), [layer.weight], 10, 0.1, 8)
+    q = layer.weight.detach() / layer.quant_w.scale[:, None]
+    assert q.abs().max() <= 63.001 and (q.abs() > 62.999).sum() > 6
 
 
 def test_symmetric_weights_stay_within_their_limit() -> None:

@@ -60,6 +60,8 @@ def test_the_step_leaves_multiplications_where_it_was_not(images: Tensor) -> Non
     after = operations(small, images[:1])
     tokens, width, hidden = 17, 48, 192
     assert before["shifts"] == 0 and after["shifts"] == tokens * (4 * width * width + 2 * width * hidden)
+    by_default = operations(vt.slim(model, vt.quant.ShiftAdd()), images[:1])
+    assert by_default["shifts"] == tokens * 4 * width * width, "of attention alone"
     assert after["multiplications"] == before["multiplications"] - after["shifts"]
     layer = small.blocks[0].mlp.fc1
     assert isinstance(layer, ShiftLinear)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vitreous as vt
 from vitreous.errors import VitreousError
 from vitreous.quant import weightonly
-from vitreous.quant.gptq import input_grams
+from vitreous.quant.gptq import input_grams, second_order_rounding
 from vitreous.quant.minmax import MinMax
 from vitreous.quant.weightonly import GroupQuantizer, WeightOnly, WeightOnlyLinear, learned_rounding
 from vitreous.steps import slim
@@ -117,6 +117,9 @@ def test_rounding_keeps_what_layers_give(images: Tensor) -> None:
             off = layer.quant_w(layer.weight) - float_weight
             cost[rounding] = float(((off @ gram) * off).sum())
             assert torch.equal(layer.quant_w(layer.weight), layer.weight), "baked"
+            if name == "head" and rounding != "nearest":
+                by = learned_rounding if rounding == "learned" else second_order_rounding
+                assert torch.equal(layer.weight, by(float_weight, gram, layer.quant_w)), "on what the float model reads"
         assert cost["second-order"] < 0.9 * cost["nearest"] and cost["learned"] < 0.9 * cost["nearest"], name
     for rounding in ("learned", "second-order"):
         assert error(made[rounding], model, images) < error(made["nearest"], model, images)
@@ -164,6 +167,7 @@ def test_memory_is_bounded_and_parts_are_kept(
     whole = slim(model, step, images, progress=lambda _, share: told.append(share))
     assert told == sorted(told) and len(told) == 2 + len(linears(whole))
     monkeypatch.setattr(weightonly, "GRAMS", 1)
+    assert [*weightonly._at_a_time(linears(whole))] == [[name] for name in linears(whole)]
     a = slim(model, step, images, resume=tmp_path)
     monkeypatch.setattr(weightonly, "second_order_rounding", None)  # what is kept is not computed again
     b = slim(model, step, images, resume=tmp_path)
