@@ -193,7 +193,7 @@ def test_greedy_by_hand() -> None:
     assert greedy(errors, {"a": 100, "b": 10}, 3) == {"a": 2, "b": 4}  # a: 0.1/100, then 0.4/100 against 0.4/10
     assert greedy(errors, {"a": 10, "b": 100}, 3) == {"a": 4, "b": 2}  # b: 0.4/100, then 0.5/100; a: 0.1/10
     assert greedy(errors, {"a": 100, "b": 10}, 2) == {"a": 2, "b": 2}
-    errors["a"] = {bits: 1 + error for bits, error in errors["a"].items()}  # what it lost before counts for nothing
+    errors["a"] = {bits: 10 + error for bits, error in errors["a"].items()}  # what it lost before counts for nothing
     assert greedy(errors, {"a": 100, "b": 10}, 3) == {"a": 2, "b": 4}
 
 
