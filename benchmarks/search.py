@@ -58,6 +58,15 @@ SYSTEMS: dict[str, Sequence[Any]] = {
 }
 
 
+OURS: dict[str, Sequence[Any]] = {  # beside the peers
+    "ours: NViT, 85 % of the time": [vt.prune.NViT(keep=0.85)],
+    "ours: NViT, 70 % of the time": [vt.prune.NViT(keep=0.7)],
+    "ours: NViT, 50 % of the time": [vt.prune.NViT(keep=0.5)],
+    "ours: RepQ int8": [vt.quant.RepQ()],
+    "ours: EViT in the first block": [vt.tokens.EViT(keep=0.2, at=(0,))],
+}
+
+
 class Results:
     """What is known, by table and row; on disk after each."""
 
@@ -150,7 +159,7 @@ def systems(a: argparse.Namespace, results: Results) -> None:
 
 
 def peers(a: argparse.Namespace, results: Results) -> None:
-    """Others' pruning and integers of the same model, in OpenVINO, timed in turns with the original there."""
+    """Others' pruning and integers of the same model, and ours, in OpenVINO, timed in turns with the original there."""
     net = open_model(None)
     images = split("sample", net, choosing=False, seed=a.seed)
     batches = [(x, y.numpy()) for x, y in images.prove.batches(64)]
@@ -177,7 +186,11 @@ def peers(a: argparse.Namespace, results: Results) -> None:
         results.once("peers", f"Torch-Pruning, {share:.0%}", made)
     from spine import nncf_int8
 
-    results.once("peers", "NNCF int8", lambda: measured("nncf", nncf_int8(net, images.calibrate, a.threads)))
+    original = a.work / "original.xml"
+    results.once("peers", "NNCF int8", lambda: measured("nncf", nncf_int8(original, images.calibrate, a.threads)))
+    for name, steps in OURS.items():
+        made = lambda name=name, steps=steps: measured(name, vt.slim(net, steps, images.calibrate))
+        results.once("peers", name, made)
 
 
 def torch_pruning(net: nn.Module, x: Tensor, share: float) -> nn.Module:

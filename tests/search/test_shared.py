@@ -16,7 +16,7 @@ from support import command
 from torch import Tensor
 
 from vitreous.errors import VitreousError
-from vitreous.search import explore, shared
+from vitreous.search import explore, run
 from vitreous.search.budget import Goal
 from vitreous.search.shared import SharedRecord
 
@@ -54,7 +54,14 @@ def test_of_something_else(tmp_path: Path) -> None:
     SharedRecord(str(tmp_path / "s.log"), ABOUT)
     with pytest.raises(VitreousError, match=r"s\.log holds a search of another model \(a, not c\): give another --storage"):
         SharedRecord(str(tmp_path / "s.log"), ABOUT | {"model": "c"})
-    for wrong in (str(tmp_path / "none" / "s.log"), "nosuch://x/y", f"sqlite:///{tmp_path}/none/s.db"):
+    for wrong in (
+        str(tmp_path / "none" / "s.log"),
+        str(tmp_path),
+        "",
+        "nosuch://x/y",
+        "redis://x",
+        f"sqlite:///{tmp_path}/none/s.db",
+    ):
         with pytest.raises(VitreousError, match="opening --storage"):
             SharedRecord(wrong, ABOUT)
 
@@ -114,7 +121,11 @@ def test_two_processes_make_nothing_twice_and_one_may_be_killed(
 
 
 def test_refused_at_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.setattr(shared, "_opened", lambda storage: pytest.fail("too early"))
+    monkeypatch.setattr(run, "opened", lambda storage: pytest.fail("too early"))
     words = ("search", "vit_tiny_patch16_224", "--axes", "toes", "--storage", "x://y", "--out", str(tmp_path / "o"))
     status, _, err = command(monkeypatch, capsys, *words)
     assert status == 2 and "no axis 'toes'" in err
+    monkeypatch.undo()
+    words = ("search", "--axes", "runtime", "--storage", str(tmp_path / "none" / "s.log"), "--out", str(tmp_path / "o"))
+    status, _, err = command(monkeypatch, capsys, *words)
+    assert status == 2 and "opening --storage" in err.splitlines()[-1] and not (tmp_path / "o").exists()

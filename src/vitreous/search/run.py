@@ -22,7 +22,7 @@ from .explore import Explorer
 from .front import Point, drawn, front, written
 from .job import Job
 from .record import Record
-from .shared import SharedRecord
+from .shared import SharedRecord, opened
 from .space import space, told_by
 from .trial import MISSED
 
@@ -75,11 +75,13 @@ def search(
     already, and a folder or storage with the search of another model, of other images or of another kind of machine.
     """
     goal = goal or Goal()
-    if minutes < 0 or (trials is not None and trials < 0):
+    if not minutes >= 0 or (trials is not None and trials < 0):
         raise VitreousError("give a number of minutes, and of trials, of at least 0")
     if not minutes and trials:
         raise VitreousError(f"0 minutes leave no time for {trials} trials: give more minutes, or no trials")
     ladders, out = space(model, axes, goal), Path(out)
+    if storage is not None:
+        opened(storage)
     if plot is not None:
         writable(plot, overwrite=True, option="another --plot")
     try:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..errors import VitreousError
@@ -30,7 +31,7 @@ class SharedRecord:
         self.busy: set[tuple[str, str]] = set()
         self.mine: dict[tuple[str, str], tuple[int, threading.Event]] = {}
         self.seen: dict[int, tuple[Any, float]] = {}
-        self.storage, self.study = _opened(storage)
+        self.storage, self.study = opened(storage)
         first = self._create("about", "", about, self.states.PRUNED)
         told = min((t for t in self._trials() if t.user_attrs["kind"] == "about"), key=lambda t: t.number, default=first)
         for name, value in about.items():
@@ -147,13 +148,18 @@ class SharedRecord:
                 return
 
 
-def _opened(storage: str) -> tuple[Any, int]:
+def opened(storage: str) -> tuple[Any, int]:
+    """Optuna's storage and the number of the study in it, made where there is none. Raises `VitreousError` where it cannot be
+    reached, and without Optuna."""
     try:
         import optuna
         from optuna.storages import JournalStorage, RDBStorage
         from optuna.storages.journal import JournalFileBackend
     except ImportError:
         raise VitreousError("sharing a search needs Optuna: pip install 'vitreous[share]'") from None
+    place = Path(storage)
+    if "://" not in storage and (not storage or place.is_dir() or not place.absolute().parent.is_dir()):
+        raise VitreousError(f"opening --storage {storage!r}: give a file in a folder that is there, or a database's URL")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with _told(f"opening --storage {storage}"):
         held: Any = RDBStorage(storage) if "://" in storage else JournalStorage(JournalFileBackend(storage))
