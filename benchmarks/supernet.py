@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, rankdata
 from torch import nn
 
 import vitreous as vt
@@ -124,23 +124,38 @@ def subnetworks(a: argparse.Namespace, seed: int, width: float) -> Figures:
 
 @entry
 def proxies(a: argparse.Namespace, seed: int) -> Figures:
-    """Kendall's τ of As-ViT's measures, of parameters and of MACs with the accuracy of 24 nets trained alike."""
-    draw, rows = random.Random(seed), []
-    options = as_vit.choices()
-    for _ in range(24):
+    """Kendall's τ of As-ViT's measures, of parameters and of MACs with the accuracy of 24 nets trained alike, with its 95 %
+    interval over draws of nets. What is done of each net is kept in `runs`, so that a run that was stopped goes on."""
+    draw, options = random.Random(seed), as_vit.choices()
+    kept = Path("runs") / f"proxies-{a.data}-{a.epochs:g}-{seed}.json"
+    rows: list[list[float]] = json.loads(kept.read_text()) if kept.exists() else []
+    for i in range(24):
         genotype = as_vit._written(options, [draw.randrange(len(o)) for o in options], 32)
+        if i < len(rows):
+            continue
         model = vt.open("as_vit_seed", img_size=32, num_classes=10, genotype=as_vit.numbers(genotype))
         images, check = parts(model, a)
-        found = as_vit.complexity(genotype, inits=3, seed=seed)
+        told = as_vit.complexity(genotype, inits=3, seed=seed)
         accuracy = accuracy_on(trained(model, images, a, seed), check) or 0.0
         assert isinstance(model, AsViT)
         cost = macs(model, torch.zeros(1, 3, 32, 32))
         size = float(sum(p.numel() for p in model.parameters()))
-        rows.append((accuracy, -found.kappa, found.length, size, float(cost)))
-    columns = np.array(rows).T
-    names = ("smaller κ", "length", "parameters", "MACs")
-    tau = lambda x: float(getattr(kendalltau(x, columns[0]), "statistic"))  # noqa: B009  scipy's type has no such field
-    return {name: {"τ": tau(column)} for name, column in zip(names, columns[1:], strict=True)}
+        rows.append([accuracy, -told.kappa, told.length, size, float(cost)])
+        kept.parent.mkdir(exist_ok=True)
+        kept.with_suffix(".part").write_text(json.dumps(rows))
+        os.replace(kept.with_suffix(".part"), kept)
+    accuracy, *measures = np.array(rows).T
+    both = sum(rankdata(m) for m in measures[:2])  # As-ViT's sum of ranks
+    named = dict(
+        zip(("smaller κ", "length", "both ranks", "parameters", "MACs"), (*measures[:2], both, *measures[2:]), strict=True)
+    )
+    again = np.random.default_rng(seed).integers(0, len(rows), (1000, len(rows)))
+    tau = lambda x, some: float(getattr(kendalltau(x[some], accuracy[some]), "statistic"))  # noqa: B009  no field of scipy's type
+    found: Figures = {}
+    for name, x in named.items():
+        low, high = np.nanpercentile([tau(x, some) for some in again], (2.5, 97.5))
+        found[name] = {"τ": tau(x, np.arange(len(rows))), "from": float(low), "to": float(high)}
+    return found
 
 
 def queue(a: argparse.Namespace) -> None:
