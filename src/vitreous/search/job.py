@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .split import split, to_heal
 from .trial import Trial, best, exported, kept, timed
 
 PICTURES = 12
+TOGETHER = 8  # of them looked into at once
 HEAL_BATCH = 64
 SECONDS = 8.0  # of timing in the proof
 QUICK = 2e9  # multiply-accumulates of an image up to which 64 at once are timed too
@@ -175,17 +177,22 @@ class Job:
         changed = {c.index: c for c in answers.changed}
         rest = [i for i in range(len(data)) if i not in changed]
         indices = [*list(changed)[:PICTURES], *rest][: max(PICTURES, min(len(changed), PICTURES) + 4)]
-        pictures = []
-        for done, i in enumerate(indices):
-            self.progress("drawing pictures", done / len(indices))
-            x, c = data.tensor([i]), changed.get(i)
-            label = data.classes[data.labels[i]] if data.labels is not None and len(data.classes) else None
-            picture = Picture(data.picture(i), f"image {i}", label, c.before if c else None, c.after if c else None)
-            try:
-                picture.attention_before = see.rollout(net, x)[0].numpy()
-                picture.attention_after = see.rollout(small, x)[0].numpy()
-                picture.survival = [(layer, groups[0]) for layer, groups in see.survival(small, x)]
-            except VitreousError:
-                pass  # the report says why there is no drift
-            pictures.append(picture)
+        pictures: list[Picture] = []
+        for start in range(0, len(indices), TOGETHER):
+            self.progress("drawing pictures", start / len(indices))
+            some = indices[start : start + TOGETHER]
+            x = data.tensor(some)
+            before = after = layers = None
+            with suppress(VitreousError):  # the report says why there is no drift
+                before = see.rollout(net, x).numpy()
+                after = see.rollout(small, x).numpy()
+                layers = see.survival(small, x)
+            for j, i in enumerate(some):
+                c = changed.get(i)
+                label = data.classes[data.labels[i]] if data.labels is not None and len(data.classes) else None
+                picture = Picture(data.picture(i), f"image {i}", label, c.before if c else None, c.after if c else None)
+                picture.attention_before = None if before is None else before[j]
+                picture.attention_after = None if after is None else after[j]
+                picture.survival = [(layer, groups[j]) for layer, groups in layers or ()]
+                pictures.append(picture)
         return pictures
