@@ -227,6 +227,7 @@ def test_a_plain_program_that_computes_otherwise_is_told(tmp_path: Path, monkeyp
             self.floats = "bf16"
         return run
 
+    monkeypatch.setitem(ship_all.__globals__, "halves", lambda: True)
     monkeypatch.setattr(Runtime, "_load_openvino", loaded)
     monkeypatch.setattr(Runtime, "__call__", lambda s, x: honest(s, x).bfloat16().float() if s.floats == "bf16" else honest(s, x))
     made = ship(Net("tensor"), tmp_path / "m.xml", example=X)

@@ -25,6 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from .. import operators
 from ..errors import VitreousError
+from .lowering import Lowering
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -90,7 +91,7 @@ def to_onnx(program: ExportedProgram, outputs: Sequence[str] = ("logits",)) -> o
     try:
         with torch.no_grad(), quiet():
             exported = torch.onnx.export(
-                program,
+                Lowering(program),
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table=_translations(),

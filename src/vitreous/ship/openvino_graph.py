@@ -45,6 +45,12 @@ def core() -> openvino.Core:
     return made
 
 
+@cache
+def halves() -> bool:
+    """Whether the plugin may compute floats in half precision on this processor when no one asks otherwise."""
+    return not {"BF16", "FP16"}.isdisjoint(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
 def prepare(graph: openvino.Model) -> None:
     """All of it, in place."""
     _balance_by_ranges(graph)

@@ -22,7 +22,7 @@ from ..files import digest, folder_aside, forget, replaceable
 from .card import card, preprocess, texts
 from .export import is_quantized, quiet, to_onnx, trace
 from .named import Named, plain
-from .openvino_graph import core, number, prepare
+from .openvino_graph import core, halves, number, prepare
 from .packed import pack
 from .parity import IMAGES, RESHAPED, Parity, Run, Yardstick, worst
 from .pictures import WithPreprocessing
@@ -203,7 +203,7 @@ def _ship(
                     "run the file as it is, for any batch"
                 )
                 warnings.warn(f"{path.name}: {caution}", stacklevel=2)
-        if runtime and path.suffix == ".xml":
+        if runtime and path.suffix == ".xml" and halves():
             by_itself = Runtime(aside, precision="default")
             if by_itself.floats != runtime.floats:
                 other = by_itself.floats, yardstick.every(by_itself, batch or IMAGES)
