@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -123,14 +123,14 @@ def _replace(graph: fx.Graph, node: fx.Node, table: Table) -> str:
     known = dict(zip((n for n in parts.nodes if n.op == "placeholder"), (given[i] for i in inner), strict=True))
     before = set(graph.nodes)
     with graph.inserting_before(node):
-        made = graph.graph_copy(parts, known)
+        made: Any = graph.graph_copy(parts, known)
     for new in set(graph.nodes) - before:
         new.meta = {**node.meta, **new.meta}
     if isinstance(made, fx.Node):
         node.replace_all_uses_with(made)
     else:
         for user in list(node.users):
-            user.replace_all_uses_with(made[cast(int, user.args[1])])  # torch.export takes tuples apart by indices alone
+            user.replace_all_uses_with(made[user.args[1]])  # torch.export takes tuples apart by indices alone
             graph.erase_node(user)
     graph.erase_node(node)
     return made.name if isinstance(made, fx.Node) else node.name
