@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 import vitreous as vt
+from vitreous.models.official import SIDES, fitting_side
 from vitreous.outputs import answer
 from vitreous.store.checkpoints import read_safetensors
 from vitreous.store.record import read_record
@@ -341,3 +342,15 @@ def test_what_the_script_was_not_told_stays_the_names_own(tmp_path: Path) -> Non
         warnings.simplefilter("ignore")
         model: Any = vt.open(tmp_path / "w.pth")
     assert model.pretrained_cfg["interpolation"] == "bicubic" and model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_sizes_are_tried_only_where_most_weights_fit(share: float) -> None:
+    tried: list[int] = []
+
+    def build(img_size: int) -> nn.Module:
+        tried.append(img_size)
+        return nn.Identity()
+
+    assert fitting_side(nn.Identity(), build, lambda _: share) is None
+    assert tried == ([] if share < 0.5 else [*SIDES])
