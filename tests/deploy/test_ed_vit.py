@@ -74,6 +74,7 @@ def test_pruned_for_the_images_that_are_given(images: Tensor) -> None:
 
 def test_assigned() -> None:
     assert class_sets(10, 3) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert assigned([2, 3, 5], [5, 5]) == [1, 1, 0], "the largest first, or it finds no room"
     assert assigned([5, 3, 2], [5, 5]) == [0, 1, 1] and assigned([5, 3, 3], [5, 5]) is None
     with pytest.raises(vt.VitreousError, match="cannot be split"):
         class_sets(3, 4)
