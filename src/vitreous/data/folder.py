@@ -133,16 +133,24 @@ def _walk(home: Path, seen: set[tuple[int, int]], skipped: list[Skipped]) -> lis
 
 
 def readable(
-    listing: Listing, order: Sequence[int], wanted: int | None, progress: Callable[[int, int], None] | None = None
+    listing: Listing,
+    order: Sequence[int],
+    wanted: int | None,
+    progress: Callable[[int, int], None] | None = None,
+    read: Callable[[Path], object] | None = None,
 ) -> tuple[list[int], list[Skipped]]:
-    """The first `wanted` indices of `order` (all when None) whose files decode to the end, and what was passed over.
+    """The first `wanted` indices of `order` (all when None) whose files decode to the end (by `read`, or as pictures),
+    and what was passed over.
 
     Raises `VitreousError` when there is none.
     """
 
     def probe(i: int) -> str:
         try:
-            read_picture(listing.paths[i], probe=True)
+            if read is None:
+                read_picture(listing.paths[i], probe=True)
+            else:
+                read(listing.paths[i])
         except Unreadable as reason:
             return str(reason)
         return ""

@@ -18,6 +18,7 @@ from .fashion import CLASSES, fashion_arrays, sample_arrays
 from .folder import Skipped, list_files, readable, subfolders
 from .labels import match
 from .pictures import Unreadable, read_picture
+from .signals import preparation_of, reader_for
 from .tables import LABELS, SUFFIXES, read_table
 from .transform import Preparation, preparation
 
@@ -43,9 +44,10 @@ class Files:
     """Reads picture `i` from its file."""
 
     paths: list[Path]
+    how: Callable[[Path], Any] = read_picture
 
-    def __call__(self, i: int) -> Image.Image:
-        return read_picture(self.paths[i])
+    def __call__(self, i: int) -> Any:
+        return self.how(self.paths[i])
 
 
 class Data:
@@ -64,7 +66,7 @@ class Data:
         name: str,
         classes: Sequence[str],
         labels: np.ndarray | None,
-        read: Callable[[int], Image.Image],
+        read: Callable[[int], Any],
         prepare: Preparation,
         skipped: Sequence[Skipped] = (),
         note: str = "",
@@ -96,6 +98,11 @@ class Data:
         """The file of each picture; None where they come from elsewhere."""
         return self._read.paths if isinstance(self._read, Files) else None
 
+    @property
+    def pictures(self) -> bool:
+        """Whether these are pictures; else volumes, clips, sound or many channels (`signals`), which are not augmented."""
+        return bool(self._prepare.mode)
+
     def picture(self, i: int) -> Image.Image:
         """Picture `i` for people: resized and cropped as the model sees it, so that heatmaps lie on it, 8-bit RGB or L."""
         return self._prepare.view(self._whole(i))
@@ -120,9 +127,10 @@ class Data:
         labels = None if self.labels is None else self.labels[at]
         return Data(self.name, self.classes, labels, read, self._prepare, self.skipped, self.note, len(at))
 
-    def _whole(self, i: int) -> Image.Image:
+    def _whole(self, i: int) -> Any:
         try:
-            return self._read(i).convert(self._prepare.mode)
+            found = self._read(i)
+            return found.convert(self._prepare.mode) if self.pictures else found
         except Unreadable as reason:
             raise VitreousError(f"image {i} of {self.name} could be read at opening, but no more: {reason}") from reason
 
@@ -145,7 +153,8 @@ def open_data(
     `source` is "sample" (the first 1,000 test pictures of Fashion-MNIST, in the package), "fashion-mnist" or "cifar10"
     (the official test split), or a folder: one folder a class, or a root with `train` and `test` or `val` parts made of
     such class folders, of which `test` (else `val`) is opened; or a CSV, TSV or Parquet file of pictures and labels
-    (`tables.read_table`). A name wins over a folder; `./sample` means the folder.
+    (`tables.read_table`). Files may be volumes, clips, sound or pictures of many channels (`signals`).
+    A name wins over a folder; `./sample` means the folder.
 
     - `part`: "train" for the training pictures, to learn from; of a folder without parts, the same pictures.
     - `limit`: the first so many pictures. A folder comes in an order drawn from `seed`, so that any beginning of it
@@ -165,7 +174,6 @@ def open_data(
     logits. A model without classes (`num_classes` 0) may be given a flat folder of images.
     """
     _at_least_one("limit", limit)
-    prepare = preparation(model, transform)
     logits = getattr(model, "num_classes", None)
     logits = logits if isinstance(logits, int) else None
     folder = _folder(source)
@@ -173,6 +181,7 @@ def open_data(
         classes, images, labels = _arrays(str(source), part, download, root)
         images, labels = images[:limit], labels[:limit]
         classes, labels, note = match(str(source), classes, labels, model, logits, labelled)
+        prepare = preparation(model, transform)
         return Data(str(source), classes, labels, Arrays(images), prepare, note=note, count=len(images))
 
     if folder.is_file():
@@ -183,9 +192,11 @@ def open_data(
         listing = replace(list_files(folder, part, need_classes=False), labels=None, classes=())
     if listing.labels is None and labelled and logits != 0:
         raise VitreousError(f"{source} has no column of labels: call it one of {', '.join(LABELS)}")
+    reader = reader_for(listing.paths, model)
+    prepare = preparation(model, transform) if reader is None else preparation_of(reader)
     classes, labels, note = match(str(source), listing.classes, listing.labels, model, logits, labelled)
     order = np.random.default_rng(seed).permutation(len(listing.paths)).tolist()
-    good, skipped = readable(listing, order, limit, progress)
+    good, skipped = readable(listing, order, limit, progress, reader)
     labels = None if labels is None else labels[good]
     if labelled and limit is None and logits != 0 and labels is not None and len(np.unique(labels)) < 2:
         raise VitreousError(
@@ -193,7 +204,8 @@ def open_data(
             f"says nothing; {len(skipped)} files were skipped"
             + (f", the first {skipped[0].path} ({skipped[0].reason})" if skipped else "")
         )
-    return Data(str(source), classes, labels, Files([listing.paths[i] for i in good]), prepare, skipped, note, len(good))
+    files = Files([listing.paths[i] for i in good], reader or read_picture)
+    return Data(str(source), classes, labels, files, prepare, skipped, note, len(good))
 
 
 def calibration(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from ..data import Data
+from ..data.signals import unchanged
 from ..data.transform import preparation
 from ..errors import VitreousError
 from .ferkd import FerKD, Labelled
@@ -30,6 +31,10 @@ def transform_for(
         raise VitreousError(f"no augmentation '{augment}': choose {', '.join(KINDS)}, none, or give a function")
     if not isinstance(data, Data):
         return shift if augment is not None else None
+    if not data.pictures:
+        if augment in ("crop", None):  # "crop" is the default, of pictures
+            return unchanged
+        raise VitreousError(f"'{augment}' changes pictures, and {data.name} holds others: choose none, or give a function")
     prepared = preparation(model)
     if augment is None:
         return prepared.to_tensor

@@ -138,3 +138,11 @@ def load_reference(model: nn.Module, objective: Objective, state: Mapping[str, T
         )
     whole.load_state_dict(found)
     return parts
+
+
+def asked(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller of timm's registry asks of a model without published weights; timm's own words for it left out."""
+    if pretrained:
+        raise VitreousError(f"{name} has no published weights: leave --pretrained out")
+    own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {k: v for k, v in kwargs.items() if k not in own}

@@ -87,10 +87,10 @@ def pretrain(
 ) -> nn.Module:
     """Train a copy of `model` on `data` without labels; returns the encoder in eval mode, an ordinary model of timm.
 
-    method: an objective, or its text, as "SimMIM(mask=0.6)". optimiser: AdamW (0.9, 0.95) at 1.5 · 10⁻⁴ · batch / 256 when None.
-    augment: "crop" is a crop of the share that the method's paper takes, mirrored or not; else as `vt.train`, which takes the
-    other settings too. out: folder of the run; beside what `train` writes it holds `last.safetensors`, the encoder after each
-    epoch. say: told where the encoder has collapsed.
+    method: an objective, or its text, as "SimMIM(mask=0.6)". optimiser: AdamW (0.9, 0.95) at 1.5 · 10⁻⁴ · batch / 256 when
+    None. augment: "crop" is a crop of the share that the method's paper takes, mirrored or not (what is no picture stays as
+    it is); else as `vt.train`, which takes the other settings too. out: folder of the run; beside what `train` writes it
+    holds `last.safetensors`, the encoder after each epoch. say: told where the encoder has collapsed.
 
     Raises `VitreousError` as `train` does.
     """
@@ -98,7 +98,7 @@ def pretrain(
     if len(made) != 1:
         raise VitreousError(f"give one method of pretraining, not {len(made)}")
     optimiser = optimiser or AdamW(lr=1.5e-4 * batch / 256, betas=(0.9, 0.95))
-    if augment == "crop" and isinstance(data, Data):
+    if augment == "crop" and isinstance(data, Data) and data.pictures:
         config = preparation(model).config
         augment = Crop(tuple(config["input_size"][1:]), made[0].crop, tuple(config["mean"]), tuple(config["std"]))
     _fits(model, data.tensor([0]) if isinstance(data, Data) else data[0][:1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from ...errors import VitreousError
 from ...models.masked_autoencoder import masked_order, sine_cosine
 from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .beside import array_of
+from .encode import asked
 from .patches import gradients, over_hidden, patchify
 
 norm: Any = partial(nn.LayerNorm, eps=1e-6)
@@ -49,7 +51,8 @@ class UnifiedEmbed(nn.Module):
 
 class UnifiedViT(nn.Module):
     """A ViT for pictures of `size` and volumes of `volume` (rows, columns, slices): its own embedding and positions for each,
-    and the same blocks. Called with either it gives the class token `[B, width]`.
+    and the same blocks. Called with either it gives the class token `[B, width]`,
+    through a head where `num_classes`.
 
     slices: of a 3-D patch; with 3 it has as many values as a patch of an RGB picture, so that both losses weigh alike.
     positions3: sines and cosines for volumes; the released code leaves zeros there.
@@ -66,9 +69,10 @@ class UnifiedViT(nn.Module):
         depth: int = 12,
         heads: int = 6,
         positions3: bool = True,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
-        self.patch, self.slices, self.positions3, self.num_classes = patch, slices, positions3, 0
+        self.patch, self.slices, self.positions3 = patch, slices, positions3
         self.patch_embed = UnifiedEmbed(patch, slices, channels, width)
         self.grids: dict[int, tuple[int, ...]] = {
             4: (size // patch, size // patch), 5: (volume[0] // patch, volume[1] // patch, volume[2] // slices),
@@ -77,6 +81,11 @@ class UnifiedViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         self.norm, self.num_features, self.embed_dim = norm(width), width, width
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def table(self, axes: int, width: int) -> Tensor:
         """Positions `[1, 1 + N, width]` for inputs of so many axes."""
@@ -98,7 +107,13 @@ class UnifiedViT(nn.Module):
         return self.norm(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tokens(x)[:, 0]
+        return self.head(self.tokens(x)[:, 0])
+
+
+@register_model
+def unified_vit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A ViT-S for pictures and volumes; `volume=`, `slices=`, `width=` and the others as `UnifiedViT`'s."""
+    return UnifiedViT(**asked("unified_vit_small", pretrained, kwargs))
 
 
 class Decoder(nn.Module):

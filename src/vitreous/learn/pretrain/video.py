@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import register_model
 from timm.models.beit import Block
 from torch import Tensor, nn
 
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, positive, share
+from .encode import asked
 from .masks import running_cell, tube
 from .patches import normalised_cubes, over_hidden, patchify
 
@@ -81,6 +83,12 @@ class VideoViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.tokens(x).mean(1))
+
+
+@register_model
+def video_vit_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The ViT-S of VideoMAE on clips of 16 frames; `size=`, `cube=`, `width=` and the others as `VideoViT`'s."""
+    return VideoViT(**asked("video_vit_small", pretrained, kwargs))
 
 
 def _xavier(m: nn.Module) -> None:
