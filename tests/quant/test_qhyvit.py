@@ -104,13 +104,13 @@ def test_folding_changes_nothing_and_leaves_no_batch_norm(model: nn.Module, othe
 
 @pytest.mark.parametrize(("bias", "expected"), [(None, [-2.5, 7.0]), ([1.0, 2.0], [0.5, 11.0])])
 def test_folding_by_hand(bias: list[float] | None, expected: list[float]) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=bias is not None), nn.BatchNorm2d(2, eps=3.0)).eval()
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=bias is not None), nn.BatchNorm2d(2, eps=0.75)).eval()
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([3.0, -1.0]).reshape(2, 1, 1, 1))
         if bias is not None:
             model[0].bias.copy_(torch.tensor(bias))
         model[1].running_mean.copy_(torch.tensor([1.0, 0.0]))
-        model[1].running_var.copy_(torch.tensor([1.0, -2.0]))  # with ε 4 and 1
+        model[1].running_var.copy_(torch.tensor([3.25, 0.25]))  # with ε 4 and 1
         model[1].weight.copy_(torch.tensor([6.0, 2.0]))
         model[1].bias.copy_(torch.tensor([0.5, 7.0]))
     assert foldable(model, torch.ones(1, 1, 2, 2)) == [("0", "1")]
