@@ -106,7 +106,7 @@ SMALL: dict[str, Small] = {
     ),
     "uniformer": Small("uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1))),
     "crossformer": Small(
-        "crossformer_pp_small", dict(embed_dim=48, num_heads=(2, 2, 4, 4), groups=(4, 4, 4, 7), depths=(1, 2, 4, 1))
+        "crossformer_pp_small", dict(embed_dim=48, num_heads=(2, 2, 4, 4), groups=(4, 4, 4, 7), depths=(0, 4, 0, 1))
     ),
     "smt": Small("smt_t", dict(embed_dims=(16, 16, 32, 32), heads=(0, 0, 4, 4), depths=(1, 1, 2, 1))),
     "cvt": Small(
@@ -195,7 +195,7 @@ SMALL: dict[str, Small] = {
         other_side=None,
         resized=dict(img_size=48),
     ),
-    "res-vmamba": Small("res_vmamba_vssm_tiny", dict(embed_dim=16, depths=(1, 1, 1, 1), expand=1.0, states=2), attention=False),
+    "res-vmamba": Small("res_vmamba_vssm_tiny", dict(embed_dim=16, depths=(1, 0, 1, 0), expand=1.0, states=2), attention=False),
     "dsm": Small("dsm_small", dict(img_size=64, embed_dims=(16, 16, 16, 24), depths=(1, 1, 0, 0)), attention=False),
     "dct-histotransformer": Small(
         "dct_histotransformer", dict(embed_dims=(16, 16, 16, 24), depths=(1, 1, 0, 0), num_heads=(1, 2, 2, 2))
@@ -249,10 +249,10 @@ SMALL: dict[str, Small] = {
     ),
     "vig-gla": Small("vig_gla_t", dict(img_size=64, embed_dim=24, depth=1, num_heads=3), attention=False),
     "vig-gla hierarchical": Small(
-        "vig_gla_h_t", dict(embed_dim=16, depths=(1, 0, 0, 1), num_heads=(1, 1, 2, 2)), attention=False
+        "vig_gla_h_t", dict(embed_dim=16, depths=(0, 1, 0, 0), num_heads=(1, 1, 2, 2)), attention=False
     ),
-    "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(1, 0, 0, 1)), attention=False),
-    "msvmamba v3": Small("msvmambav3_tiny_224", dict(embed_dim=16, depths=(1, 0, 0, 1)), attention=False),
+    "msvmamba": Small("msvmamba_nano", dict(embed_dim=16, depths=(0, 0, 1, 0)), attention=False),
+    "msvmamba v3": Small("msvmambav3_tiny_224", dict(embed_dim=16, depths=(0, 0, 1, 0)), attention=False),
     "channelvit": Small("channelvit_small", dict(img_size=64, embed_dim=32, num_heads=2, depth=2)),
     "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
     "gmm-attention": Small(
