@@ -172,6 +172,7 @@ def forked(work: Callable[[], None], after: float = LIMIT) -> tuple[str, float]:
     began = time.monotonic()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # torch makes its pool anew in a fork when it is first asked for: not by two threads at once
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             try:
                 work()
