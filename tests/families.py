@@ -146,6 +146,9 @@ FAMILIES: dict[str, Family] = {
     "timm BEiT, shared": Family(
         lambda: timm_model("beit_base_patch16_224", use_rel_pos_bias=False, use_shared_rel_pos_bias=True), 1, "head", "relative"
     ),
+    "timm ViT, relative": Family(lambda: timm_model("vit_relpos_small_patch16_224"), 0, "head", "relative"),
+    "timm ViT, relative, of all": Family(lambda: timm_model("vit_srelpos_small_patch16_224"), 0, "head", "relative"),
+    "timm ViT, relative, class token": Family(lambda: timm_model("vit_relpos_base_patch16_cls_224"), 1, "head", "relative"),
     "torchvision": Family(lambda: drawn(torchvision.models.VisionTransformer(**cast(Any, TORCHVISION))), 1, "heads.head"),
     "HF ViT": Family(lambda: hugging_face("ViTForImageClassification", num_labels=7), 1, "classifier"),
     "HF DeiT": Family(lambda: hugging_face("DeiTForImageClassification", num_labels=7), 2, "classifier"),

@@ -112,6 +112,8 @@ def _rows(table: Tensor, place: Tensor | None) -> Tensor:
 
 def _own_bias(attn: nn.Module) -> Tensor | None:
     a = cast(Any, attn)
+    if callable(own := getattr(getattr(a, "rel_pos", None), "get_bias", None)):
+        return cast(Tensor, own())
     table = getattr(a, "relative_position_bias_table", None)
     if table is None:
         return None
@@ -133,4 +135,8 @@ def position_of(block: nn.Module, attention: nn.Module) -> Position | None:
     if "shared_rel_pos_bias" in takes:  # timm: BEiT
         side = getattr(a, "window_size", None)
         return Position("relative", "shared_rel_pos_bias", 1, side=None if side is None else (side[0], side[1]))
+    if "shared_rel_pos" in takes:  # timm: ViTs with relative positions, by a table or by an MLP, of each block or of all
+        own = getattr(a, "rel_pos", None)
+        side = None if own is None else (own.window_size[0], own.window_size[1])
+        return Position("relative", "shared_rel_pos", getattr(own, "prefix_tokens", 0), side=side)
     return None

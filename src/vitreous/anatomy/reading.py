@@ -21,6 +21,7 @@ from .roles import NotPlain
 from .whole import Whole, told
 
 ATTENTION_CLASS = re.compile(r"atte?n|mhsa|gpsa|xca$", re.IGNORECASE)
+SHARED = ("rel_pos_bias", "shared_rel_pos")  # what holds it for all blocks of a model
 RELATIVE = re.compile("bias_table|rel_pos|attention_biases|cpb")  # parameters of a bias for pairs of places
 NOT_ATTENTION = re.compile(r"pool2d|largekernel|channelattn|spatialattn|^cbam|^eca|^se", re.IGNORECASE)
 
@@ -185,7 +186,7 @@ def _read(model: nn.Module) -> Anatomy:
     for name in attention_names(model):
         holder = holding_block(name, modules)
         rotary = any(getattr(modules[above], "rope", None) is not None for above in _above(name))
-        shared = any(isinstance(getattr(modules[above], "rel_pos_bias", None), nn.Module) for above in _above(name))
+        shared = any(isinstance(getattr(modules[above], n, None), nn.Module) for above in _above(name) for n in SHARED)
         part = _attention(name, modules[name], rotary, shared)
         found = _block(holder, modules[holder], part, modules[name]) if holder else None
         if found is None or found.why_not == FEWER:  # attention pooling, with an MLP behind it
