@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
-from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.export import ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..errors import VitreousError
@@ -45,6 +41,10 @@ class Lowering(ExportedProgram):
         return self
 
     def _replace_all(self, table: Table) -> None:
+        # Imported here, where other versions of torch may fail.
+        from torch._dispatch.python import enable_python_dispatcher
+        from torch._guards import detect_fake_mode
+
         for node in self.graph.nodes:
             _check(node)
         self.graph.eliminate_dead_code()
@@ -108,6 +108,9 @@ def _known(graph: fx.Graph, node: fx.Node) -> str | None:
 
 def _replace(graph: fx.Graph, node: fx.Node, table: Table) -> str:
     """Put in the place of `node` what it is made of; what its value is called now."""
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     given, form = pytree.tree_flatten((node.args, node.kwargs))
     target: Any = node.target
     inner = [i for i, value in enumerate(given) if isinstance(value, fx.Node)]
