@@ -71,18 +71,69 @@ def test_train_twice_and_merge(photos, tmp_path, monkeypatch, capsys):
         assert status == 2 and said in err.replace("\n", " "), err
 
 
+def saved(home, name, **arguments):
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3} | arguments
+    vt.save(vt.open("vit_tiny_patch16_224", **size), home / f"{name}.safetensors")
+    return home / f"{name}.safetensors"
+
+
+RULES = [*(f"{name}()" for name in vt.learn.merging.RULES if name != "LearnedSoup"), "LearnedSoup(steps=2)", "PLeaS(ratio=0.5)"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_merges_from_the_command_line(rule, photos, tmp_path, monkeypatch, capsys):
+    files = []
+    for i in range(3 if rule == "OPCM()" else 2):
+        torch.manual_seed(i)
+        files.append(saved(tmp_path, f"model{i}"))
+    base = ["--base", files.pop()] if rule == "OPCM()" else []
+    made = tmp_path / "soup.safetensors"
+    status, out, err = vitreous(monkeypatch, capsys, "merge", *files, *base, "--rule", rule, "--data", photos, "--out", made)
+    assert status == 0 and "soup.safetensors:" in out, err
+    a, b, soup = (vt.load(f) for f in (*files, made))
+    x = vt.data.open_data(photos, a).tensor(range(2))
+    assert soup(x).shape == (2, 3) and not torch.allclose(soup(x), a(x))  # of PLeaS in another order, so not compared by name
+    if rule == "UniformSoup()":
+        assert torch.allclose(soup.head.weight, (a.head.weight + b.head.weight) / 2)
+    if "ratio" in rule:
+        assert soup.blocks[0].mlp.fc1.out_features == 144  # 96, of which a half twice
+
+
+def test_a_soup_of_batch_norms_counts_them_anew(photos, tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        torch.manual_seed(i)
+        vt.save(vt.open("test_resnet", num_classes=3, img_size=None), tmp_path / f"{i}.safetensors")
+    files, made = [tmp_path / f"{i}.safetensors" for i in range(2)], tmp_path / "soup.safetensors"
+    words = ["merge", *files, "--rule", "UniformSoup()", "--data", photos, "--out", made]
+    status, _, err = vitreous(monkeypatch, capsys, *words)
+    assert status == 0, err
+    assert float(vt.load(made).bn1.running_mean.abs().max()) > 0  # 0 in both: their mean is not what the soup sees
+
+
+def test_train_on_shards_with_curves_for_tensorboard(photos, tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from webdataset.writer import ShardWriter
+
+    with ShardWriter(str(tmp_path / "shards-%04d.tar"), maxcount=20, verbose=0) as sink:
+        for i, path in enumerate(sorted(photos.glob("*/*.png"))):
+            sink.write({"__key__": f"{i:04d}", "png": path.read_bytes(), "cls": path.parent.name})
+    words = ["--data", tmp_path / "shards-{0000..0003}.tar", "--batch", 16, "--epochs", 2, "--augment", "none"]
+    status, out, err = vitreous(monkeypatch, capsys, "train", *SMALL, *words, "--tensorboard", "--out", tmp_path / "run")
+    assert status == 0 and "images right" in out, err
+    assert "1 files skipped" in err and "shards-0002.tar/" in err  # the broken one is named by its shard
+    assert vt.load(tmp_path / "run" / "model.safetensors").num_classes == 3
+    told = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    told.Reload()
+    assert [e.step for e in told.Scalars("loss")] == [0, 1] and len(told.Scalars("accuracy")) == 2
+    curves = (tmp_path / "run" / "report.html").read_text()
+    assert "train_accuracy" in curves and "plotly" in curves
+
+
 def test_models_that_do_not_go_together(photos, tmp_path, monkeypatch, capsys):
     """A teacher of other classes, merging of other shapes, another base, an objective for another architecture."""
-    files = {}
-    for name, arguments in (
-        ("three", {"num_classes": 3}),
-        ("five", {"num_classes": 5}),
-        ("deep", {"num_classes": 3, "depth": 3}),
-    ):
-        size = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | arguments
-        files[name] = tmp_path / f"{name}.safetensors"
-        vt.save(vt.open("vit_tiny_patch16_224", **size), files[name])
-    three, five, deep = files.values()
+    three, five, deep = (
+        saved(tmp_path, n, **a) for n, a in (("three", {}), ("five", {"num_classes": 5}), ("deep", {"depth": 3}))
+    )
     data, out = ["--data", photos], ["--out", tmp_path / "made"]
     for words, said in (
         (["train", three, "--teacher", five, "--batch", 16, *data, *out], "give a teacher of the same classes"),
@@ -93,6 +144,9 @@ def test_models_that_do_not_go_together(photos, tmp_path, monkeypatch, capsys):
         (["merge", three, deep, *data, *out], "model 2 differs from the first at 'blocks.2"),
         (["merge", three, three, "--rule", "OPCM()", "--base", five, *data, *out], "the base differs from the first at 'head."),
         (["merge", three, *data, *out], "nothing to merge"),
+        (["merge", three, three, three, "--rule", "PLeaS()", *data, *out], "two models"),
+        (["merge", three, three, "--rule", "PLeaS(ratio=2)", *data, *out], "ratio"),
+        (["merge", three, tmp_path / "absent.safetensors", *data, *out], "absent.safetensors"),
     ):
         status, _, err = vitreous(monkeypatch, capsys, *words)
         assert status == 2 and said in " ".join(err.split()) and "not foreseen" not in err, err
@@ -119,6 +173,13 @@ def test_models_that_do_not_go_together(photos, tmp_path, monkeypatch, capsys):
         (["--precision", "17-mixed"], "cannot train with accelerator=cpu, precision=17-mixed"),
         (["--precision", "transformer-engine"], "precision=transformer-engine: it is one of 32-true"),
         (["--ema", "1"], "ema, the decay of the averaged weights"),
+        (["--objective", "ScaleKD(names=('blocks.7',))", "--teacher", "vit_tiny_patch16_224"], "blocks.7"),
+        (["--objective", "Connectivity()"], "predictors"),
+        (["--objective", "KeepRate()"], "no objective has a loss"),
+        (["--objective", "EWA()"], "experts"),
+        (["--optimiser", "AdamW(lr=nan)"], "lr must be above 0"),
+        (["--data", "shards-{0..3}.tar"], "no shard shards-0.tar"),
+        (["--data", "labels.csv"], "no file is called"),
     ],
 )
 def test_bad_words(words, said, photos, tmp_path, monkeypatch, capsys):

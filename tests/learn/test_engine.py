@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -128,24 +129,56 @@ class Centred(Objective):
         return {"centred": (seen.logits - mean).square().mean()}
 
 
-def both_ways(folder: Path, devices: int) -> None:
-    one = vt.train(vit(), pictures(), **KEYS, devices=devices)
-    whole = vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=devices)
-    if os.environ.get("RANK", "0") == "0":
-        save_file(one.state_dict(), folder / f"one{devices}.safetensors")
-        save_file(whole.state_dict(), folder / f"whole{devices}.safetensors")
+STOP = []
+
+
+@dataclass(frozen=True)
+class Stops(Objective):
+    """Ends a run in its middle, in every process."""
+
+    def before_step(self, now):
+        if STOP and now.share >= 0.5:
+            raise Killed
+
+    def __call__(self, seen, batch, now):
+        return {}
+
+
+def cut(out, stop=False, fsdp=True):
+    """A run of two objectives and averaged weights that is cut over the processes there are."""
+    STOP[:] = [True] * stop
+    teach = [CrossEntropy(), Centred(), Stops()]
+    return vt.train(vit(), pictures(), teach, **KEYS | dict(epochs=1, ema=0.9, every=0.0), out=out, fsdp=fsdp)
+
+
+def all_ways(folder: Path, devices: int) -> None:
+    made = {
+        "one": vt.train(vit(), pictures(), **KEYS, devices=devices),
+        "whole": vt.train(vit(), pictures(), [vt.learn.CrossEntropy(), Centred()], **KEYS, devices=devices),
+        "cut": cut(None),
+    }
+    first = os.environ.get("RANK", "0") == "0"
+    if devices > 1:
+        with pytest.raises(Killed):
+            cut(folder / "run", stop=True)
+        if first:
+            shutil.copytree(folder / "run", folder / "copy")
+        made["went on"] = cut(folder / "run")
+    if first:
+        for name, model in made.items():
+            save_file(model.state_dict(), folder / f"{name}{devices}.safetensors")
 
 
 TWO = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = {tests!r}
-from test_engine import both_ways
+from test_engine import all_ways
 both = []
 for rank in "01":  # after the imports, which take longer than all the rest
     if not (child := os.fork()):
         os.environ |= {{"RANK": rank, "LOCAL_RANK": rank}}
-        both_ways(Path({out!r}), 2)
+        all_ways(Path({out!r}), 2)
         sys.exit()
     both.append(child)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both))
@@ -167,10 +200,27 @@ def test_two_processes_equal_one(tmp_path):
         keys = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         done = subprocess.run([sys.executable, str(script)], env=outside | torchrun, timeout=600, **keys)
     assert done.returncode == 0, said.read_text()[-3000:]
-    both_ways(tmp_path, 1)
-    for name in ("one", "whole"):
-        alone, together = (load_file(tmp_path / f"{name}{many}.safetensors") for many in (1, 2))
-        assert max(float((alone[k] - together[k]).abs().max()) for k in alone) < 1e-5, name
+    all_ways(tmp_path, 1)
+    saved = {p.stem: load_file(p) for p in tmp_path.glob("*.safetensors")}
+    differ = lambda a, b: max(float((saved[a][k] - saved[b][k]).abs().max()) for k in saved[a])
+    assert all(differ(f"{name}1", f"{name}2") < 1e-5 for name in ("one", "whole", "cut"))
+    # What was cut over two processes is kept whole: two go on to the same weights, and so does one.
+    assert differ("went on2", "cut2") < 1e-6
+    steps = torch.load(tmp_path / "copy" / "last.pt", weights_only=True)["step"]
+    assert steps == 2
+    alone = cut(tmp_path / "copy", fsdp=False).state_dict()
+    assert max(float((alone[k] - saved["cut1"][k]).abs().max()) for k in alone) < 1e-5
+
+
+def test_what_cannot_be_cut_is_refused(monkeypatch):
+    with pytest.raises(vt.VitreousError, match="USKD has weights of its own"):
+        engine._can_be_cut(engine.Lesson(vit(), [CrossEntropy(), vt.learn.USKD()]))
+    with pytest.raises(vt.VitreousError, match="SlimFit has weights"):
+        engine._can_be_cut(engine.Lesson(vit(), [CrossEntropy(), vt.learn.SlimFit()]))
+    engine._can_be_cut(engine.Lesson(vit(), [CrossEntropy(), vt.learn.NKD(vit())]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(vt.VitreousError, match="loss scale"):
+        vt.train(vit(), pictures(), **KEYS, precision="16-mixed", fsdp=True)
 
 
 def test_sam_counts_batch_norms_once_and_repeats_dropout():

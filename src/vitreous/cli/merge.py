@@ -34,7 +34,7 @@ def merge(
     start = store.open_model(base) if base is not None else None
     held, check = training_data(source.data, nets[0], limit=source.limit, seed=source.seed, download=source.download)
     notes: list[str] = []
-    soup = merged(nets, chosen, base=start, data=held if chosen.needs_data else None, notes=notes)
+    soup = merged(nets, chosen, base=start, data=held, notes=notes)
     store.save_model(soup, out)
     for line in notes:
         print(line)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ..data import Data
 
-SETS = "sample, fashion-mnist, cifar10, a folder of class folders, or a CSV or Parquet file"
+SETS = "sample, fashion-mnist, cifar10, a folder of class folders, a CSV or Parquet file, or shards-{0000..0009}.tar"
 MODEL = Annotated[str | None, typer.Argument(help="timm name, saved model or folder; the bundled model by default")]
 
 

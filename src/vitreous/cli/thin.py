@@ -78,11 +78,9 @@ def _opened(source: DataOptions, net: Any, part: Literal["train", "test"]) -> Da
 
 def _rows(source: DataOptions, data: Data, part: str, indices: Iterable[int]) -> list[dict[str, Any]]:
     """Pictures by their files, with the names of their classes as the source has them, which need not be the model's."""
-    from ..data.folder import list_files
-    from ..data.tables import read_table
+    from ..data.sets import listed
 
-    place = Path(source.data).expanduser()
-    listing = read_table(place, part) if place.is_file() else list_files(place, part, need_classes=False)
+    listing = listed(Path(source.data).expanduser(), part, need_classes=False)
     named = listing.labels is not None and listing.labels.ndim == 1
     label = dict(zip(listing.paths, listing.labels, strict=True)) if named and listing.labels is not None else {}
     files = data.files or []

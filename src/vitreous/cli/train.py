@@ -42,13 +42,17 @@ def train(
     cutmix: Annotated[float, typer.Option(min=0, help="strength; 0 for none")] = 0.0,
     ema: Annotated[float | None, typer.Option(min=0, max=1, help="decay of an average of the weights")] = None,
     precision: Annotated[str, typer.Option(help="32-true, 64-true, bf16-mixed or 16-mixed.")] = "32-true",
+    fsdp: Annotated[
+        bool, typer.Option(help="under torchrun: each process keeps a share of the weights alone, where a model does not fit")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option(help="write the curves into OUT for TensorBoard too, while it runs")] = False,
     compile: Annotated[bool, typer.Option(help="compile the model first")] = False,
     workers: Annotated[int, typer.Option(min=0, help="processes that read pictures")] = 0,
 ) -> None:
     """Train a model on class folders: from scratch, --pretrained or from a --checkpoint, alone or with a teacher.
 
-    OUT gets the last checkpoint, the best and the final weights, log.csv and report.html. Start it under torchrun for several
-    devices.
+    OUT gets the last checkpoint, the best and the final weights, log.csv and report.html, whose curves grow with each epoch.
+    Start it under torchrun for several devices.
     """
     import timm
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -114,6 +118,8 @@ def train(
                 seed=source.seed,
                 workers=workers,
                 accelerator=device,
+                fsdp=fsdp,
+                tensorboard=tensorboard,
                 progress=lambda line, share: bar.update(task, description=line, completed=share),
             )
         except KeyboardInterrupt:

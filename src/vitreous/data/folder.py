@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,14 +27,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files below one folder, sorted, none of them opened yet; `labels [N]` index `classes`, `[N, K]` mark those of several,
-    None where nothing tells them."""
+    """The files below one folder, or in shards, in order, none of them opened yet; `labels [N]` index `classes`, `[N, K]` mark
+    those of several, None where nothing tells them."""
 
     folder: Path
     classes: tuple[str, ...]
-    paths: list[Path]
+    paths: Sequence[Any]  # of files, or places in shards
     labels: np.ndarray | None
     skipped: list[Skipped]
+
+
+def numbered(named: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The classes of these labels, numbers by their size and names by the alphabet, and which of them each is."""
+    classes = tuple(sorted(set(named), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n)))
+    place = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([place[n] for n in named], np.int64)
 
 
 def subfolders(folder: Path) -> list[Path]:

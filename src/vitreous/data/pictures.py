@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from .shards import Member
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 512 * 1024 * 1024  # of memory that one picture may take while it is decoded and brought to 8 bits
@@ -26,20 +31,15 @@ class Unreadable(Exception):
     """A file that cannot be used as a picture; the message is the reason, fit for a list."""
 
 
-def read_picture(path: Path, probe: bool = False) -> Image.Image:
-    """The picture at `path`, upright (EXIF), in mode `RGB` or `L`, 8 bits a channel.
+def read_picture(path: Path | Member, probe: bool = False) -> Image.Image:
+    """The picture at `path`, or in a shard, upright (EXIF), in mode `RGB` or `L`, 8 bits a channel.
 
     16-bit grey is scaled (÷ 257), transparency laid on white; of an animation the first frame is taken. With `probe`
     every byte is still read, but a JPEG is decoded at an eighth of its size: enough to learn whether it is whole.
     Raises `Unreadable` with the reason.
     """
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise Unreadable("not a regular file")
-        if info.st_size == 0:
-            raise Unreadable("empty file (0 bytes)")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(_bytes_of(path), formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"{width} x {height} pixels: over {MAX_PIXELS // 10**6} megapixels, not decoded")
@@ -62,9 +62,20 @@ def read_picture(path: Path, probe: bool = False) -> Image.Image:
     except UnidentifiedImageError as error:
         raise Unreadable("not a picture in a known format") from error
     except FileNotFoundError as error:
-        raise Unreadable("broken link" if path.is_symlink() else "no such file") from error
+        raise Unreadable("broken link" if isinstance(path, Path) and path.is_symlink() else "no such file") from error
     except Exception as error:  # Pillow's decoders raise nearly every built-in kind on damaged files
         raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error or type(error).__name__}") from error
+
+
+def _bytes_of(path: Path | Member) -> Path | io.BytesIO:
+    """What Pillow opens. Raises `Unreadable` where there is nothing to decode."""
+    if isinstance(path, Path):
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise Unreadable("not a regular file")
+    if (info.st_size if isinstance(path, Path) else path.size) == 0:
+        raise Unreadable("empty file (0 bytes)")
+    return path if isinstance(path, Path) else io.BytesIO(path.read())
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:

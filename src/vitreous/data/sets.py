@@ -15,9 +15,10 @@ from PIL import Image
 
 from ..errors import VitreousError, nearest
 from .fashion import CLASSES, fashion_arrays, sample_arrays
-from .folder import Skipped, list_files, readable, subfolders
+from .folder import Listing, Skipped, list_files, readable, subfolders
 from .labels import match
 from .pictures import Unreadable, read_picture
+from .shards import Member, are_shards, read_shards
 from .signals import preparation_of, reader_for
 from .tables import LABELS, SUFFIXES, read_table
 from .transform import Preparation, preparation
@@ -41,10 +42,10 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Files:
-    """Reads picture `i` from its file."""
+    """Reads picture `i` from its file, or its shard."""
 
-    paths: list[Path]
-    how: Callable[[Path], Any] = read_picture
+    paths: Sequence[Any]  # files, or places in shards
+    how: Callable[[Any], Any] = read_picture
 
     def __call__(self, i: int) -> Any:
         return self.how(self.paths[i])
@@ -96,7 +97,15 @@ class Data:
     @property
     def files(self) -> list[Path] | None:
         """The file of each picture; None where they come from elsewhere."""
-        return self._read.paths if isinstance(self._read, Files) else None
+        paths = self._read.paths if isinstance(self._read, Files) else ()
+        return [p for p in paths if isinstance(p, Path)] or None
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """Which shard each picture lies in, `[N]` numbers; None where they come from elsewhere."""
+        paths = self._read.paths if isinstance(self._read, Files) else ()
+        held = [p.shard for p in paths if isinstance(p, Member)]
+        return np.unique(np.array(held, dtype=str), return_inverse=True)[1] if held else None
 
     @property
     def pictures(self) -> bool:
@@ -123,7 +132,11 @@ class Data:
     def part(self, indices: Sequence[int] | np.ndarray) -> Data:
         """The pictures at `indices` alone, in that order."""
         at = [int(i) for i in indices]
-        read = lambda i: self._read(at[i])
+        read = (
+            Files([self._read.paths[i] for i in at], self._read.how)
+            if isinstance(self._read, Files)
+            else lambda i: self._read(at[i])
+        )
         labels = None if self.labels is None else self.labels[at]
         return Data(self.name, self.classes, labels, read, self._prepare, self.skipped, self.note, len(at))
 
@@ -153,8 +166,8 @@ def open_data(
     `source` is "sample" (the first 1,000 test pictures of Fashion-MNIST, in the package), "fashion-mnist" or "cifar10"
     (the official test split), or a folder: one folder a class, or a root with `train` and `test` or `val` parts made of
     such class folders, of which `test` (else `val`) is opened; or a CSV, TSV or Parquet file of pictures and labels
-    (`tables.read_table`). Files may be volumes, clips, sound or pictures of many channels (`signals`).
-    A name wins over a folder; `./sample` means the folder.
+    (`tables.read_table`); or WebDataset shards, as `shards-{0000..0009}.tar` (`shards.read_shards`). Files may be volumes, clips,
+    sound or pictures of many channels (`signals`). A name wins over a folder; `./sample` means the folder.
 
     - `part`: "train" for the training pictures, to learn from; of a folder without parts, the same pictures.
     - `limit`: the first so many pictures. A folder comes in an order drawn from `seed`, so that any beginning of it
@@ -184,15 +197,17 @@ def open_data(
         prepare = preparation(model, transform)
         return Data(str(source), classes, labels, Arrays(images), prepare, note=note, count=len(images))
 
-    if folder.is_file():
-        listing = read_table(folder, part)
+    if are_shards(folder) or folder.is_file():
+        listing = listed(folder, part)
     elif labelled or subfolders(folder):
         listing = list_files(folder, part, need_classes=logits != 0 and labelled)
     else:
         listing = replace(list_files(folder, part, need_classes=False), labels=None, classes=())
     if listing.labels is None and labelled and logits != 0:
-        raise VitreousError(f"{source} has no column of labels: call it one of {', '.join(LABELS)}")
-    reader = reader_for(listing.paths, model)
+        raise VitreousError(
+            f"{source} has no labels: a table has them in a column called one of {', '.join(LABELS)}, shards in .cls"
+        )
+    reader = None if are_shards(folder) else reader_for(listing.paths, model)
     prepare = preparation(model, transform) if reader is None else preparation_of(reader)
     classes, labels, note = match(str(source), listing.classes, listing.labels, model, logits, labelled)
     order = np.random.default_rng(seed).permutation(len(listing.paths)).tolist()
@@ -206,6 +221,13 @@ def open_data(
         )
     files = Files([listing.paths[i] for i in good], reader or read_picture)
     return Data(str(source), classes, labels, files, prepare, skipped, note, len(good))
+
+
+def listed(source: Path, part: str, need_classes: bool = True) -> Listing:
+    """The pictures of a folder, a table, or shards."""
+    if are_shards(source) and not source.is_dir():
+        return read_shards(source)
+    return read_table(source, part) if source.is_file() else list_files(source, part, need_classes)
 
 
 def calibration(
@@ -233,7 +255,7 @@ def calibration(
         good = balanced_order(labels, seed)[:n]
         data = Data(str(source), classes, labels[good], Arrays(images[good]), prepare)
     else:
-        listing = read_table(folder, "train") if folder.is_file() else list_files(folder, "train", need_classes=False)
+        listing = listed(folder, "train", need_classes=False)
         of = listing.labels
         one = of if of is not None and of.ndim == 1 else np.zeros(len(listing.paths), np.int64)
         good, skipped = readable(listing, balanced_order(one, seed), n)
@@ -263,7 +285,7 @@ def _folder(source: str | Path) -> Path | None:
     if isinstance(source, str) and source in NAMES:
         return None
     folder = Path(source).expanduser()
-    if folder.is_dir() or (folder.is_file() and folder.suffix in SUFFIXES):
+    if folder.is_dir() or (folder.is_file() and folder.suffix in SUFFIXES) or are_shards(folder):
         return folder
     if folder.exists():
         raise VitreousError(

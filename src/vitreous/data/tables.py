@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import VitreousError
 from ..files.rows import need_parquet
-from .folder import Listing
+from .folder import Listing, numbered
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 PATHS = ("path", "file_name", "filename", "file", "image_path", "filepath", "image", "img")
@@ -46,9 +46,8 @@ def read_table(file: Path, part: str) -> Listing:
         if any(c is not None and str("" if r[c] is None else r[c]).strip() == "" for c in (path, label)):
             raise VitreousError(f"row {i + 1} of {file} names no picture or no label: fill it in, or leave the row out")
     if label is not None:
-        named = [_name(r[label]) for r in rows]
-        classes = tuple(sorted(set(named), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n)))
-        return Listing(file, classes, paths, np.array([classes.index(n) for n in named], np.int64), [])
+        classes, labels = numbered([_name(r[label]) for r in rows])
+        return Listing(file, classes, paths, labels, [])
     marks = [c for c in columns.values() if c not in (path, split) and all(_mark(r[c]) for r in rows)]
     if len(marks) > 1:
         values = np.array([[int(float(r[c])) for c in marks] for r in rows], np.int64)

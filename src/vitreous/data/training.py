@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VitreousError
-from .folder import list_files, split_parts
-from .sets import NAMES, Data, balanced_order, open_data
+from .folder import split_parts
+from .sets import NAMES, Data, balanced_order, listed, open_data
 
 CHECKED = 0.2  # of a folder without parts
 
@@ -33,4 +33,4 @@ def class_names(source: str | Path, download: bool = False) -> tuple[str, ...]:
     """The classes of the training pictures of `source`, by label."""
     if source in NAMES:
         return open_data(source, part="train", limit=1, download=download).classes
-    return list_files(Path(source).expanduser(), "train", need_classes=True).classes
+    return listed(Path(source).expanduser(), "train").classes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import Data
+from ..data.shards import in_windows
 from ..errors import VitreousError
 from .objective import Batch
 
@@ -36,11 +37,17 @@ class Order:
     pieces: int
     size: int
     seed: int
+    shards: np.ndarray | None = None
+    drawn: dict[int, np.ndarray] = field(default_factory=dict)  # the order of the epoch that is read
 
     def indices(self, step: int, piece: int) -> tuple[int, list[int]]:
-        """The epoch, and the places in the data."""
+        """The epoch, and the places in the data; of shards, pictures of one are near each other."""
         epoch, inside = divmod(step, self.steps_an_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        if epoch not in self.drawn:
+            draw = np.random.default_rng((self.seed, epoch))
+            self.drawn.clear()
+            self.drawn[epoch] = draw.permutation(self.images) if self.shards is None else in_windows(self.shards, draw)
+        order = self.drawn[epoch]
         first = (inside * self.pieces + piece) * self.size
         return epoch, order[first : first + self.size].tolist()
 
@@ -161,7 +168,9 @@ class Batches:
         return Batch(images, labels, batch.index)
 
 
-def planned(images: int, batch: int, micro: int | None, world: int, epochs: float, seed: int) -> Order:
+def planned(
+    images: int, batch: int, micro: int | None, world: int, epochs: float, seed: int, shards: np.ndarray | None = None
+) -> Order:
     """How the images are cut. Raises `VitreousError` where they cannot: fewer than a batch, a batch that does not divide."""
     if batch < 1 or not 0 < epochs < float("inf"):
         raise VitreousError(f"cannot train for {epochs} epochs with {batch} images a batch: both must be above 0, and finite")
@@ -174,4 +183,4 @@ def planned(images: int, batch: int, micro: int | None, world: int, epochs: floa
             f"give a batch that is a multiple of {size * world}"
         )
     an_epoch = images // batch
-    return Order(images, an_epoch, max(1, round(epochs * an_epoch)), batch // size, size, seed)
+    return Order(images, an_epoch, max(1, round(epochs * an_epoch)), batch // size, size, seed, shards)

@@ -28,7 +28,7 @@ from ..store.expects import class_names, expect
 from .augment import transform_for
 from .batches import Batches, Pair, planned, seed_everything
 from .classify import by_labels
-from .fabric import fabric_for, gather
+from .fabric import cut, fabric_for, gather, like, like_optimiser, whole
 from .ferkd import FerKD
 from .measure import Meter, accuracy_on
 from .objective import Batch, Now, Objective, Seen, look
@@ -94,6 +94,8 @@ def train(
     workers: int = 0,
     accelerator: str = "cpu",
     devices: int | str = 1,
+    fsdp: bool = False,
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Train a copy of `model` on `data`; returns it in eval mode. The argument is not touched.
@@ -117,6 +119,9 @@ def train(
         out: folder for checkpoints (every `every` seconds and after each epoch), curves and the result. If it holds an unfinished
             run of the same settings, that run goes on, to the same weights bit for bit.
         accelerator, devices: as Fabric's; under `torchrun` every process takes part (DDP).
+        fsdp: each of several processes keeps a share alone of weights, gradients and the optimiser's numbers, for a model that
+            does not fit; checkpoints are whole, and go on with any number of processes, cut or not.
+        tensorboard: write the curves for TensorBoard too, into `out`, after each epoch.
         progress: told what is done, in one line, and the share of it.
 
     Raises `VitreousError` for what cannot be trained: no trainable parameter, labels that are no class of the model, fewer images
@@ -131,45 +136,58 @@ def train(
     refuse_nan(model)
     if ema is not None and not 0 < ema < 1:
         raise VitreousError(f"ema, the decay of the averaged weights, must lie between 0 and 1, as 0.999; not {ema}")
-    fabric = fabric_for(accelerator, devices, precision)
+    fabric = fabric_for(accelerator, devices, precision, fsdp)
+    fsdp = fsdp and fabric.world_size > 1
     settings = dict(
         epochs=epochs, batch=batch, micro=micro, warmup=warmup, augment=str(augment), mixup=mixup, cutmix=cutmix, mix=str(mix),
         mix_until=mix_until, ema=ema,
         clip=clip, precision=str(precision), seed=seed, optimiser=str(optimiser), objectives=[str(o) for o in objectives],
     )  # fmt: skip
-    with Run(out, model, data, objectives, settings) if out is not None and fabric.is_global_zero else nullcontext() as run:
-        student = copy.deepcopy(model).to(fabric.device)
+    with (
+        Run(out, model, data, objectives, settings, tensorboard)
+        if out is not None and fabric.is_global_zero
+        else nullcontext() as run
+    ):
+        place = torch.device("cpu") if fsdp else fabric.device  # whole, it may not fit on the device
+        student = copy.deepcopy(model).to(place)
         seed_everything(seed)
-        lesson = Lesson(student, objectives).to(fabric.device)
+        lesson = Lesson(student, objectives).to(place)
         teachers = _Teachers(objectives, fabric.device)
         count = len(data) if isinstance(data, Data) else len(data[0])
-        order = planned(count, batch, micro, fabric.world_size, epochs, seed)
-        if order.pieces > fabric.world_size and (whole := next((o for o in objectives if o.whole_batch), None)):
-            raise VitreousError(f"{type(whole).__name__} compares the images of a batch with each other: leave micro out")
+        shards = data.shards if isinstance(data, Data) else None
+        order = planned(count, batch, micro, fabric.world_size, epochs, seed, shards)
+        if order.pieces > fabric.world_size and (compares := next((o for o in objectives if o.whole_batch), None)):
+            raise VitreousError(f"{type(compares).__name__} compares the images of a batch with each other: leave micro out")
         _labels_fit(student, data, objectives)
         if mixup or cutmix:
             if order.size % 2 or mix is not None:
                 raise VitreousError(f"mixup needs an even number of images at once, not {order.size}, and no other mix=")
             mix = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=max(2, _outputs(student, data)))
 
+        some = (data.tensor([0]) if isinstance(data, Data) else data[0][:1]).to(place)
+        judges = not embeds(student.eval(), some)
+        average = ModelEmaV3(student, decay=ema) if ema else None
+        if compiled:
+            student.compile()
+        if fsdp:
+            _can_be_cut(lesson)
+            for net in (student, *([average.module] if average else [])):
+                cut(fabric, net)
         opt = base.make(student, lesson.parts)
         schedule = CosineLRScheduler(
             opt, order.steps, lr_min=base.lr / 100, warmup_t=round(warmup * order.steps), warmup_lr_init=base.lr / 100,
             t_in_epochs=False,
         )  # fmt: skip
-        average = ModelEmaV3(student, decay=ema) if ema else None
-        if compiled:
-            student.compile()
-        wrapped, opt = fabric.setup(lesson, opt)
+        wrapped, opt = fabric.setup_module(lesson), fabric.setup_optimizers(opt)
         first = 0
         state = run.last() if run is not None else None
         state = fabric.broadcast(state) if fabric.world_size > 1 else state
         if state is not None:
             first = state["step"]
-            lesson.load_state_dict(state["lesson"])
-            opt.load_state_dict(state["optimiser"])
+            lesson.load_state_dict(like(state["lesson"], lesson.state_dict()))
+            opt.load_state_dict(like_optimiser(state["optimiser"], opt))
             if average is not None:
-                average.module.load_state_dict(state["average"])
+                average.module.load_state_dict(like(state["average"], average.module.state_dict()))
             if (scaler := getattr(fabric._precision, "scaler", None)) is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
 
@@ -179,21 +197,20 @@ def train(
         now = Now(student, gather=lambda x: gather(fabric, x), teach=teachers)
         began, done_before = time.monotonic(), first
         saved = time.monotonic()
-        judges = not embeds(student.eval(), (data.tensor([0]) if isinstance(data, Data) else data[0][:1]).to(fabric.device))
         meter = Meter(judges)
 
         def save(step: int) -> None:
+            scaler = getattr(fabric._precision, "scaler", None)
+            state = {
+                "step": step,
+                "lesson": lesson.state_dict(),
+                "optimiser": opt.state_dict(),
+                "average": average.module.state_dict() if average else None,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            state = whole(state) if fsdp else state
             if run is not None:
-                scaler = getattr(fabric._precision, "scaler", None)
-                run.save(
-                    {
-                        "step": step,
-                        "lesson": lesson.state_dict(),
-                        "optimiser": opt.state_dict(),
-                        "average": average.module.state_dict() if average else None,
-                        "scaler": scaler.state_dict() if scaler is not None else None,
-                    }
-                )
+                run.save(state)
 
         for step, pieces in zip(range(first, order.steps), batches, strict=True):
             now.share, now.epoch = step / order.steps, step / order.steps_an_epoch
@@ -233,14 +250,16 @@ def train(
             if done % order.steps_an_epoch == 0 or done == order.steps:
                 judged = average.module if average else student
                 accuracy = accuracy_on(judged, check, order.size) if check is not None else None
+                judged = _joined(judged, model) if fsdp else judged
                 if run is not None:
                     run.note(done / order.steps_an_epoch, meter, accuracy, opt.param_groups[0]["lr"], judged)
                 meter = Meter(judges)
-            if run is not None and (done % order.steps_an_epoch == 0 or done == order.steps or time.monotonic() - saved > every):
+            due = done % order.steps_an_epoch == 0 or done == order.steps or time.monotonic() - saved > every
+            if fabric.broadcast(due) if fsdp else due and run is not None:  # all must take part, and clocks differ
                 save(done)
                 saved = time.monotonic()
         result = average.module if average else student
-        result = result.cpu()
+        result = _joined(result, model) if fsdp else result.cpu()
         if compiled:
             result._compiled_call_impl = None
         if (
@@ -254,6 +273,20 @@ def train(
         if run is not None:
             run.finish(result.eval())
         return result.eval()
+
+
+def _can_be_cut(lesson: Lesson) -> None:
+    for o, parts in zip(lesson.objectives, lesson.parts, strict=True):
+        own = any(getattr(type(o), name) is not getattr(Objective, name) for name in ("after_step", "around"))
+        if own or next(parts.parameters(), None) is not None:
+            raise VitreousError(f"{type(o).__name__} has weights of its own, or changes the student's: leave fsdp out")
+
+
+def _joined(cut: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of `model` with the weights of one that is cut over processes."""
+    joined = copy.deepcopy(model)
+    joined.load_state_dict(whole(cut.state_dict()))
+    return joined
 
 
 class _Teachers:

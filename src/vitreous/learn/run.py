@@ -27,8 +27,18 @@ class Run:
     """One run in a folder. Raises `VitreousError` when the folder holds another one, or cannot be written."""
 
     def __init__(
-        self, folder: str | Path, model: nn.Module, data: Any, objectives: Sequence[Any], settings: dict[str, Any]
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        data: Any,
+        objectives: Sequence[Any],
+        settings: dict[str, Any],
+        tensorboard: bool = False,
     ) -> None:
+        if tensorboard:
+            _need_tensorboard()
+        self.tensorboard = tensorboard
+        self.writer: Any = None
         self.folder = Path(folder)
         self.held = locked(self.folder)
         self.key = _key(model, data, objectives, settings)
@@ -58,6 +68,8 @@ class Run:
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        if self.writer is not None:
+            self.writer.close()
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
         self.held.__exit__(*exc)
@@ -100,6 +112,8 @@ class Run:
         row = {"epoch": round(epoch, 4), "loss": meter.loss / n, "lr": rate, **{k: v / n for k, v in meter.terms.items()}}
         row |= {} if meter.accuracy is None else {"train_accuracy": meter.accuracy}
         row |= {} if accuracy is None else {"accuracy": accuracy}
+        if self.tensorboard:
+            self._show(row)
         self.rows.append(row)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(k for r in self.rows for k in r)), lineterminator="\n")
@@ -111,8 +125,24 @@ class Run:
             self.best = accuracy
             save_model(model, self.folder / "best.safetensors")
 
+    def _show(self, row: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.writer is None:  # what an earlier process told of epochs that are now run again is forgotten
+            self.writer = SummaryWriter(self.folder / "tensorboard", purge_step=len(self.rows))
+        for key, value in row.items():
+            self.writer.add_scalar(key, value, len(self.rows))
+        self.writer.flush()
+
     def finish(self, model: nn.Module) -> None:
         save_model(model, self.folder / "model.safetensors")
+
+
+def _need_tensorboard() -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise VitreousError("these curves need TensorBoard: python -m pip install 'vitreous[tensorboard]'") from None
 
 
 def _key(model: nn.Module, data: Any, objectives: Sequence[Any], settings: dict[str, Any]) -> str:
