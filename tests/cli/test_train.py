@@ -102,7 +102,7 @@ def test_every_rule_merges_from_the_command_line(rule, photos, tmp_path, monkeyp
 def test_a_soup_of_batch_norms_counts_them_anew(photos, tmp_path, monkeypatch, capsys):
     for i in range(2):
         torch.manual_seed(i)
-        vt.save(vt.open("test_resnet", num_classes=3, img_size=None), tmp_path / f"{i}.safetensors")
+        vt.save(vt.open("test_resnet", num_classes=3), tmp_path / f"{i}.safetensors")
     files, made = [tmp_path / f"{i}.safetensors" for i in range(2)], tmp_path / "soup.safetensors"
     words = ["merge", *files, "--rule", "UniformSoup()", "--data", photos, "--out", made]
     status, _, err = vitreous(monkeypatch, capsys, *words)
@@ -120,7 +120,7 @@ def test_train_on_shards_with_curves_for_tensorboard(photos, tmp_path, monkeypat
     words = ["--data", tmp_path / "shards-{0000..0003}.tar", "--batch", 16, "--epochs", 2, "--augment", "none"]
     status, out, err = vitreous(monkeypatch, capsys, "train", *SMALL, *words, "--tensorboard", "--out", tmp_path / "run")
     assert status == 0 and "images right" in out, err
-    assert "1 files skipped" in err and "shards-0002.tar/" in err  # the broken one is named by its shard
+    assert "1 files skipped" in err and "shards-0003.tar/" in err  # the broken one is named by its shard
     assert vt.load(tmp_path / "run" / "model.safetensors").num_classes == 3
     told = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     told.Reload()
@@ -174,12 +174,12 @@ def test_models_that_do_not_go_together(photos, tmp_path, monkeypatch, capsys):
         (["--precision", "transformer-engine"], "precision=transformer-engine: it is one of 32-true"),
         (["--ema", "1"], "ema, the decay of the averaged weights"),
         (["--objective", "ScaleKD(names=('blocks.7',))", "--teacher", "vit_tiny_patch16_224"], "blocks.7"),
-        (["--objective", "Connectivity()"], "predictors"),
-        (["--objective", "KeepRate()"], "no objective has a loss"),
-        (["--objective", "EWA()"], "experts"),
-        (["--optimiser", "AdamW(lr=nan)"], "lr must be above 0"),
+        (["--objective", "Connectivity()"], "needs a model with a predictor"),
+        (["--objective", "KeepRate()"], "needs a model with EViT"),
+        (["--objective", "EWA()"], "no objective has a loss"),
+        (["--optimiser", "AdamW(lr=nan)"], "parameters must be plain values"),
         (["--data", "shards-{0..3}.tar"], "no shard shards-0.tar"),
-        (["--data", "labels.csv"], "no file is called"),
+        (["--data", "labels.csv"], "labels.csv: No such file"),
     ],
 )
 def test_bad_words(words, said, photos, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -72,13 +73,14 @@ def train(
         raise VitreousError("--teacher-checkpoint holds the weights of --teacher: name it too")
     if model in timm.list_models() and opening.num_classes is None and opening.checkpoint is None:
         opening = replace(opening, num_classes=len(class_names(source.data, source.download)))
-    net = opening.open(model)
+    kind, _, number = (opening.device or "cpu").partition(":")
+    net = replace(opening, device=None).open(model)  # each process brings it to a device of its own
     if steps is not None:
         net = slim(net, Recipe.parse(steps))
     taught_by = store.open_model(teacher, checkpoint=teacher_checkpoint) if teacher is not None else None
     if partner is not None:
         classes: Any = getattr(net, "num_classes", None)
-        net = Students(store.open_model(partner, num_classes=classes).to(next(net.parameters()).device), net)
+        net = Students(store.open_model(partner, num_classes=classes), net)
         objective = objective or "Collaborate()"
     chosen = written.objectives(objective, taught_by) if objective else []
     base, augmented = written.optimiser(optimiser), written.augmentation(augment)
@@ -90,9 +92,8 @@ def train(
         print(f"{len(part)} images to {what}, {len(part.skipped)} files skipped", file=sys.stderr)
         for skipped in part.skipped[:5]:
             print(f"  {skipped.path}: {skipped.reason}", file=sys.stderr)
-    device = next(net.parameters()).device.type
     by_label = any(isinstance(o, CrossEntropy | BinaryCrossEntropy) for o in chosen)
-    if by_label and embeds(net, learn_from.tensor([0]).to(device)):
+    if by_label and embeds(net, learn_from.tensor([0])):
         raise VitreousError("the model gives features and has no classes to learn: give --num-classes, or an --objective without")
     with Progress(
         SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False), console=console(stderr=True), transient=True
@@ -117,13 +118,16 @@ def train(
                 out=out,
                 seed=source.seed,
                 workers=workers,
-                accelerator=device,
+                accelerator=kind,
+                devices=[int(number)] if number.isdigit() else 1,
                 fsdp=fsdp,
                 tensorboard=tensorboard,
                 progress=lambda line, share: bar.update(task, description=line, completed=share),
             )
         except KeyboardInterrupt:
             raise VitreousError(f"stopped; to go on: {shlex.join(['vitreous', *sys.argv[1:]])}") from None
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process writes and speaks
     if isinstance(taught, Students):
         for name, student in (("cnn", taught.cnn), ("vit", taught.vit)):
             store.save_model(student, out / f"{name}.safetensors")

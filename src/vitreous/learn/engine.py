@@ -93,7 +93,7 @@ def train(
     seed: int = 0,
     workers: int = 0,
     accelerator: str = "cpu",
-    devices: int | str = 1,
+    devices: int | str | list[int] = 1,
     fsdp: bool = False,
     tensorboard: bool = False,
     progress: Progress | None = None,

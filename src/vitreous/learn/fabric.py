@@ -16,7 +16,7 @@ from ..errors import VitreousError
 PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")  # weights and averages stay in full precision in all of them
 
 
-def fabric_for(accelerator: str, devices: int | str, precision: Any, fsdp: bool = False) -> Any:
+def fabric_for(accelerator: str, devices: int | str | list[int], precision: Any, fsdp: bool = False) -> Any:
     """A Fabric that has begun: DDP, or FSDP, where torchrun says that there are several processes."""
     try:
         from lightning_fabric import Fabric
@@ -36,8 +36,8 @@ def fabric_for(accelerator: str, devices: int | str, precision: Any, fsdp: bool 
         if str(precision) == "16-mixed":
             raise VitreousError("fsdp knows no loss scale, which precision=16-mixed needs: take bf16-mixed or 32-true")
         strategy = ModelParallelStrategy(lambda module, _: module, data_parallel_size=world, tensor_parallel_size=1)
-    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if many else devices
-    nodes = world // int(devices) if many else 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes, devices = (world // here, here) if many else (1, devices)
     try:
         fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
     except (ValueError, MisconfigurationException) as error:
