@@ -204,9 +204,12 @@ def open_data(
     else:
         listing = replace(list_files(folder, part, need_classes=False), labels=None, classes=())
     if listing.labels is None and labelled and logits != 0:
-        raise VitreousError(
-            f"{source} has no labels: a table has them in a column called one of {', '.join(LABELS)}, shards in .cls"
+        by = (
+            "labels: put a .cls beside each picture"
+            if are_shards(folder)
+            else f"column of labels: call it one of {', '.join(LABELS)}"
         )
+        raise VitreousError(f"{source} has no {by}")
     reader = None if are_shards(folder) else reader_for(listing.paths, model)
     prepare = preparation(model, transform) if reader is None else preparation_of(reader)
     classes, labels, note = match(str(source), listing.classes, listing.labels, model, logits, labelled)
