@@ -191,7 +191,7 @@ class Recipe:
         return json.dumps([s.to_dict() for s in self.steps], indent=2)
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.steps)) or "nothing"
+        return ", ".join(map(str, self.steps)) or "no step"
 
 
 @dataclass

@@ -170,18 +170,11 @@ def all_ways(folder: Path, devices: int) -> None:
 
 
 TWO = """
-import os, sys
+import sys
 from pathlib import Path
 sys.path[:0] = {tests!r}
 from test_engine import all_ways
-both = []
-for rank in "01":  # after the imports, which take longer than all the rest
-    if not (child := os.fork()):
-        os.environ |= {{"RANK": rank, "LOCAL_RANK": rank}}
-        all_ways(Path({out!r}), 2)
-        sys.exit()
-    both.append(child)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in both))
+all_ways(Path({out!r}), 2)
 """
 
 
@@ -195,11 +188,12 @@ def test_two_processes_equal_one(tmp_path):
     outside = {
         k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK", "LOCAL_", "WORLD_", "MASTER_", "NODE_"))
     }
-    said = tmp_path / "said"
+    said, runs = tmp_path / "said", [torchrun | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
     with said.open("w") as log:  # apart, so that no signal between them reaches what runs these tests
         keys = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        done = subprocess.run([sys.executable, str(script)], env=outside | torchrun, timeout=600, **keys)
-    assert done.returncode == 0, said.read_text()[-3000:]
+        both = [subprocess.Popen([sys.executable, str(script)], env=outside | run, **keys) for run in runs]
+        codes = [process.wait(timeout=600) for process in both]
+    assert codes == [0, 0], said.read_text()[-3000:]
     all_ways(tmp_path, 1)
     saved = {p.stem: load_file(p) for p in tmp_path.glob("*.safetensors")}
     differ = lambda a, b: max(float((saved[a][k] - saved[b][k]).abs().max()) for k in saved[a])

@@ -117,7 +117,7 @@ def test_two_processes_make_nothing_twice_and_one_may_be_killed(
     assert max(once.values()) == 1 and {key for kind, key in once if kind == "trial"} == record.all("trial").keys()
     killed = [t.user_attrs["key"] for t in record._trials() if t.state == record.states.FAIL and t.user_attrs["kind"] == "trial"]
     assert killed and set(killed) <= record.all("trial").keys(), "what was being made is made again"
-    assert "nothing" not in tried.made and len(tried.made) == len(record.all("trial")) - 1, "the other's are not"
+    assert "no step" not in tried.made and len(tried.made) == len(record.all("trial")) - 1, "the other's are not"
 
 
 def test_refused_at_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
