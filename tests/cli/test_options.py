@@ -129,3 +129,10 @@ def test_version_and_completion(monkeypatch: Patch, capsys: Capture) -> None:
     for name, value in asked.items():
         monkeypatch.setenv(name, value)
     assert "--num-classes" in command(monkeypatch, capsys)[1]
+
+
+def test_how_one_model_is_built_is_not_asked_of_files_beside_it() -> None:
+    given = ModelOptions(checkpoint=Path("w.pth"), num_classes=0, img_size=64, model_arg=["depth=2"], mean="0.5", threads=2)
+    assert given.beside("vit_tiny_patch16_224.augreg_in21k") == dataclasses.replace(given, checkpoint=None)
+    for file in ("small.safetensors", "model.onnx"):
+        assert given.beside(file) == ModelOptions(mean="0.5", threads=2)

@@ -19,7 +19,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +76,12 @@ class ModelOptions:
             if (text := getattr(self, name)) is not None:
                 given[name] = _numbers(name, text)
         return given | dict(map(_argument, self.model_arg or ()))
+
+    def beside(self, model: str) -> ModelOptions:
+        """For `model` beside MODEL, whose the checkpoint is; how to build it holds for what is built by name, not for a file."""
+        how = replace(self, checkpoint=None)
+        file = Path(model).exists() or model.endswith((".safetensors", ".onnx", ".xml"))
+        return replace(how, pretrained=False, num_classes=None, img_size=None, model_arg=None) if file else how
 
     def open(self, model: Any) -> nn.Module:
         """The model on its device; how it was opened and what it expects of pictures is told on stderr."""

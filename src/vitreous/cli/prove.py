@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -48,9 +47,7 @@ def prove(
     named = [model or "vit_fashion", *(others or ())]
     models: dict[str, Any] = {}
     for i, which in enumerate([model, *(others or ())]):
-        # The checkpoint is the first model's; a name, an image size and the like hold for all that are built by name.
-        how = opening if i == 0 else dataclasses.replace(opening, checkpoint=None)
-        models[_title(named, i)] = _opened(which, how)
+        models[_title(named, i)] = _opened(which, opening if i == 0 else opening.beside(named[i]))
     first = next(iter(models.values()))
     prepared = _told_by_file(first) if isinstance(named[0], str) and named[0].endswith(SHIPPED) else first
     with progress_bar() as bar:

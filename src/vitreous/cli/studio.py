@@ -46,7 +46,7 @@ def studio(
                 f"cannot serve on {host}:{port}: {getattr(error, 'strerror', None) or error}; give another --port"
             ) from None
     first = Source(models[0] if models else None, opening, source)
-    others = [replace(first, model=name, opening=replace(opening, checkpoint=None)) for name in (models or [])[1:]]
+    others = [replace(first, model=name, opening=opening.beside(name)) for name in (models or [])[1:]]
     opened = [Opened(s) for s in (first, *others)]
     print(f"the studio is open at http://{host}:{port}, until Ctrl-C")
     serve(opened, host, port, show, runs)
