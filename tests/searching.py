@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +63,20 @@ class Tried:
             runtime: Any = t.runtime
             ms = 1e-6 * float(work(shape(runtime.module, self.images))[:5].sum()) / runtime.speed
             t.times, t.speedups = (ms,) * len(goal.batches), (3.0,) * len(goal.batches)
+
+    def dies(self, monkeypatch: pytest.MonkeyPatch, after: int, pause: float = 0.0) -> None:
+        """Let this process be killed, as by kill -9, when it times once more than `after` times."""
+        count = 0
+
+        def killed(*given: Any) -> None:
+            nonlocal count
+            count += 1
+            time.sleep(pause)
+            if count > after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.timed(*given)
+
+        monkeypatch.setattr(explore, "timed", killed)
 
     def search(self, folder: Path, trials: int, record: Any = None) -> tuple[Explorer, dict[str, nn.Module]]:
         ladders: Any = {"tokens": [[EViT(keep=0.9), EViT(keep=0.6)]], "heads": [[Heads(share=0.25)]]}

@@ -115,24 +115,16 @@ def test_stopped_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 KILLED = """
-import os, pytest, signal, sys, torch
+import pytest, sys, torch
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from searching import Tried
 from vitreous.search.budget import Goal
 
 torch.set_num_threads(1)
-patch, count = pytest.MonkeyPatch(), [0]
+patch = pytest.MonkeyPatch()
 tried = Tried(patch, Goal(budget=1.5), torch.load({images!r}))
-timed = tried.timed
-
-def killed(*given):
-    count[0] += 1
-    if count[0] > 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    timed(*given)
-
-patch.setattr("vitreous.search.explore.timed", killed)
+tried.dies(patch, after=3)
 tried.search(Path({out!r}), 2)
 """
 

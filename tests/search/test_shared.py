@@ -73,7 +73,7 @@ def test_without_optuna(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 OTHER = """
-import os, pytest, signal, sys, time, torch
+import pytest, sys, torch
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from searching import ABOUT, Tried
@@ -81,18 +81,9 @@ from vitreous.search.budget import Goal
 from vitreous.search.shared import SharedRecord
 
 torch.set_num_threads(1)
-patch, count = pytest.MonkeyPatch(), [0]
+patch = pytest.MonkeyPatch()
 tried = Tried(patch, Goal(budget=1.5), torch.load({images!r}))
-timed = tried.timed
-
-def killed(*given):
-    count[0] += 1
-    time.sleep(0.2)
-    if count[0] > 2:  # in the second trial, which every search makes: before it came the original's, and the first
-        os.kill(os.getpid(), signal.SIGKILL)
-    timed(*given)
-
-patch.setattr("vitreous.search.explore.timed", killed)
+tried.dies(patch, after=2, pause=0.2)  # in the second trial: before it came the original's, and the first
 tried.search(Path({out!r}), 3, SharedRecord({storage!r}, ABOUT, beat=0.1))
 """
 

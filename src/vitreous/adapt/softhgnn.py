@@ -24,7 +24,7 @@ class SoftHGNN(Step):
     tokens meet once in `edges` soft hyperedges, to which the image lends its mean and its largest token, and take back what these
     gathered.
 
-    With `dynamic` and `top_k` as sparse selection: of the last `dynamic` edges `top_k` stay, chosen by the image. It changes what
+    With `dynamic` and `top_k` selection is sparse: of the last `dynamic` edges `top_k` stay, chosen by the image. It changes what
     the model computes, so train it, with all the rest: `vt.train`. Most of its weights are 2 · edges · width², for what the
     image lends.
 
