@@ -55,9 +55,11 @@ def shift(images: Tensor) -> Tensor:
     """Each image of `[B, C, H, W]` moved by up to an eighth of its side, and mirrored with probability ½."""
     b, _, h, w = images.shape
     pad = max(h, w) // 8
-    moves, mirrored = torch.randint(0, 2 * pad + 1, (2, b)), torch.rand(b) < 0.5
+    moves, mirrored = torch.randint(0, 2 * pad + 1, (2, b)), torch.rand(b) < 0.5  # drawn alike for every device
+    moves, mirrored = moves.to(images.device), mirrored.to(images.device)
     padded = torch.nn.functional.pad(images, (pad,) * 4)
-    rows = moves[0][:, None] + torch.arange(h)
-    columns = moves[1][:, None] + torch.where(mirrored[:, None], torch.arange(w).flip(0), torch.arange(w))
-    place = (rows[:, :, None] * (w + 2 * pad) + columns[:, None]).to(images.device)  # [B, H, W]
+    down, along = (torch.arange(n, device=images.device) for n in (h, w))
+    rows = moves[0][:, None] + down
+    columns = moves[1][:, None] + torch.where(mirrored[:, None], along.flip(0), along)
+    place = rows[:, :, None] * (w + 2 * pad) + columns[:, None]  # [B, H, W]
     return padded.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view_as(images)
