@@ -1,7 +1,7 @@
 """The figures of docs/learn.md: each system beside its baseline, and what the engine costs over a bare loop of PyTorch.
 
     python benchmarks/learn.py queue --data cifar10-jpeg --seconds 480    # folders train/ and test/; goes on where it stopped
-    python benchmarks/learn.py queue --data cifar10-jpeg --scale large --device cuda --processes 4
+    python benchmarks/learn.py queue --data cifar10-jpeg --scale large --device cuda --processes 8
     python benchmarks/learn.py tables                             # docs/results/learn.json into docs/learn.md
     python benchmarks/learn.py overhead --rounds 6 --steps 24     # ViT of DeiT-Ti's width and 6 blocks on 64 × 64 pictures
     python benchmarks/learn.py memory                             # peak of a process that trains, each way in one of its own
@@ -21,11 +21,12 @@ import os
 import re
 import resource
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import traceback
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import lessons
+import lessons  # noqa: F401  they register themselves
 import numpy as np
 import timm
 import torch
@@ -40,48 +41,68 @@ from vitreous.prove.statistics import median_ratio
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results" / "learn.json"
-_bench: Bench
 
 
-def _begin(data: Path | None, scale: str, device: str, kept: Path, threads: int) -> None:
-    global _bench
-    assert lessons
+def _work(jobs: Connection, data: Path | None, scale: str, device: str, kept: Path, threads: int) -> None:
+    """A process of the queue: it is sent experiments and seeds, and sends figures and seconds. After a failure it ends, for what
+    has gone wrong on a GPU would go wrong again."""
     torch.set_num_threads(threads)
-    _bench = Bench(data, SCALES[scale], device, kept)
-
-
-def _run(name: str, seed: int) -> tuple[dict[str, dict[str, float]], float]:
-    began = time.monotonic()
-    return QUEUE[name].run(_bench, seed), time.monotonic() - began
+    torch.set_float32_matmul_precision("high")  # of a GPU: products in TF32
+    bench = Bench(data, SCALES[scale], device, kept)
+    while True:
+        name, seed = jobs.recv()
+        began = time.monotonic()
+        try:
+            jobs.send((QUEUE[name].run(bench, seed), time.monotonic() - began))
+        except Exception:
+            jobs.send((traceback.format_exc(), time.monotonic() - began))
+            return
 
 
 def queue(a: argparse.Namespace) -> None:
-    """Every experiment with every seed that the results have not yet, until `--seconds` are over."""
+    """Every experiment with every seed that the results have not yet, until `--seconds` are over: then what runs is given up.
+    Longest first, as far as is known. What fails leaves what it said beside the results, and is tried again by the next queue."""
     held: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
-    until = time.monotonic() + a.seconds
-    left = [(n, s) for s in range(a.seeds) for n in a.only or QUEUE if str(s) not in held.get(n, {}).get(a.scale, {})]
-    began = a.data, a.scale, a.device, a.kept, a.threads
-    Bench(*began[:1], SCALES[a.scale], "cpu", a.kept)  # pictures are read once, not by every process
-    took: dict[str, float] = {}
-    with ProcessPoolExecutor(a.processes, multiprocessing.get_context("spawn"), _begin, began) as pool:
-        running: dict[Any, tuple[str, int]] = {}
-        while left or running:
-            while left and len(running) < a.processes and time.monotonic() + took.get(left[0][0], 0) < until:
-                name, seed = left.pop(0)
-                running[pool.submit(_run, name, seed)] = name, seed
-            if not running:
-                break
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                name, seed = running.pop(done)
-                arms, took[name] = done.result()
-                here = describe()
-                stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": a.device}
-                held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = {"arms": arms, "seconds": took[name], **stamp}
-                aside = a.results.with_suffix(".part")
-                aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
-                os.replace(aside, a.results)
-                print(f"{name}, seed {seed}: {took[name]:.0f} s", flush=True)
-    print(f"{len(left)} left")
+    a.results.parent.mkdir(parents=True, exist_ok=True)
+    until, here, context = time.monotonic() + a.seconds, describe(), multiprocessing.get_context("spawn")
+    of = {n: held.get(n, {}).get(a.scale, {}) for n in QUEUE}
+    took = {n: max((r["seconds"] for r in runs.values()), default=1e9) for n, runs in of.items()}
+    longest = sorted(a.only or QUEUE, key=lambda n: -took[n])
+    left = [(n, s) for s in range(a.seeds) for n in longest if str(s) not in of[n]]
+    Bench(a.data, SCALES[a.scale], "cpu", a.kept)  # pictures are read once, not by every process
+    idle: list[Connection] = []
+    processes, busy = {}, {}
+    while (left or busy) and time.monotonic() < until:
+        while left and len(busy) < a.processes:
+            if not idle:
+                ours, its = context.Pipe()
+                processes[ours] = context.Process(target=_work, args=(its, a.data, a.scale, a.device, a.kept, a.threads))
+                processes[ours].start()
+                its.close()
+                idle.append(ours)
+            busy[idle[-1]] = left.pop(0)
+            idle[-1].send(busy[idle.pop()])
+        for done in wait(list(busy), max(until - time.monotonic(), 0)):
+            assert isinstance(done, Connection)
+            name, seed = busy.pop(done)
+            try:
+                arms, seconds = done.recv()
+            except EOFError:
+                arms, seconds = "its process died", 0.0
+            if isinstance(arms, str):
+                a.results.with_name(f"failed-{name}-{a.scale}-{seed}.txt").write_text(arms)
+                print(f"{name}, seed {seed}: FAILED after {seconds:.0f} s: {arms.strip().splitlines()[-1][:200]}", flush=True)
+                continue
+            idle.append(done)
+            stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": a.device}
+            held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = {"arms": arms, "seconds": seconds, **stamp}
+            aside = a.results.with_suffix(".part")
+            aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+            os.replace(aside, a.results)
+            print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
+    for process in processes.values():
+        process.kill()
+    print(f"{len(left) + len(busy)} left", flush=True)
 
 
 def table(name: str, scale: str, runs: dict[str, Any]) -> str:
@@ -214,7 +235,7 @@ def main() -> None:
     p.add_argument("--data", type=Path, help="class folders train/ and test/ of 32 × 32 pictures; drawn ones without")
     p.add_argument("--scale", choices=SCALES, default="small")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end later")
+    p.add_argument("--seconds", type=float, default=1e9, help="what still runs then is given up")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--only", nargs="*", choices=QUEUE)
     p.add_argument("--processes", type=int, default=2)

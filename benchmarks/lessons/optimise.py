@@ -105,7 +105,6 @@ class ScaledMLP(vt.learn.AdamW):
 def ewa(bench: Bench, seed: int) -> dict[str, Figures]:
     """Four experts in every second block, beside what else could explain a gain: another rate in those MLPs, averaged weights."""
     ce, vit = vt.learn.CrossEntropy(), bench.vit(seed)
-    given = dict(seed=seed) | (dict(compiled=False) if bench.device == "cuda" else {})
     experts = vt.learn.with_experts(vit)
     found = {}
     for name, model, objectives, more in (
@@ -117,7 +116,7 @@ def ewa(bench: Bench, seed: int) -> dict[str, Figures]:
         ("EWA, share up to 0.3", experts, [ce, vt.learn.EWA(0.3)], {}),
         ("EWA, share up to 0.75", experts, [ce, vt.learn.EWA(0.75)], {}),
     ):
-        taught = vt.learn.merged(bench.teach(model, bench.train, objectives, **(given | more)))
+        taught = vt.learn.merged(bench.teach(model, bench.train, objectives, seed=seed, **more))
         found[name] = {"accuracy": bench.right(taught), "gradients": 1.0}
     return found
 

@@ -230,7 +230,7 @@ def collaboration(bench: Bench, seed: int) -> dict[str, Figures]:
     }
     found: dict[str, Figures] = {}
     for name, o in arms.items():
-        taught: Any = bench.teach(start, train, o, augment=None, batch=16 if n >= 16 else n, seed=seed)
+        taught: Any = bench.teach(start, train, o, augment=None, batch=min(n, max(16, s.batch // 4)), seed=seed)
         both = {f"mIoU, {who}": iou(m, test) for who, m in (("ViT", taught.vit), ("CNN", taught.cnn))}
         found[name] = both | {"gradients": 1.0}
     return found

@@ -197,7 +197,7 @@ def train(
         now = Now(student, gather=lambda x: gather(fabric, x), teach=teachers)
         began, done_before = time.monotonic(), first
         saved = time.monotonic()
-        meter = Meter(judges)
+        meter, second = Meter(judges), Meter(False)
 
         def save(step: int) -> None:
             scaler = getattr(fabric._precision, "scaler", None)
@@ -219,23 +219,21 @@ def train(
             for o, now.parts in zip(objectives, lesson.parts, strict=True):
                 o.before_step(now)
 
-            def gradients(meter: Meter | None, pieces: list[tuple[int, Batch]] = pieces, step: int = step) -> None:
+            def gradients(counted: Meter, pieces: list[tuple[int, Batch]] = pieces, step: int = step) -> None:
                 opt.zero_grad()
                 for i, (piece, part) in enumerate(pieces):
                     seed_everything(seed, step, piece)
                     teachers.clear()
                     with fabric.no_backward_sync(wrapped, enabled=i < len(pieces) - 1):
                         loss, terms, seen = wrapped(part, now)
-                        _finite(loss, terms, step, part)
+                        counted.add(loss, terms, seen, part, step)
                         fabric.backward(loss / len(pieces))
-                    if meter is not None:
-                        meter.add(loss, terms, seen, part)
 
             gradients(meter)
             if sam is not None:
                 restore = ascend(parameters, sam.rho, sam.adaptive)
                 with _statistics_kept(lesson):
-                    gradients(None)
+                    gradients(second)
                 restore()
             if clip is not None:
                 fabric.clip_gradients(wrapped, opt, max_norm=clip, error_if_nonfinite=False)
@@ -245,17 +243,22 @@ def train(
             if average is not None:  # of what the objectives left, as zeros that are kept
                 average.update(student)
             done = step + 1
+            ends = done % order.steps_an_epoch == 0 or done == order.steps
+            due = ends or time.monotonic() - saved > every
+            due = fabric.broadcast(due) if fsdp else due and run is not None  # all must take part, and clocks differ
+            if due or ends or progress is not None:
+                meter.settle()
+                second.settle()
             if progress is not None and fabric.is_global_zero:
                 progress(_line(meter, done, done_before, order, began), done / order.steps)
-            if done % order.steps_an_epoch == 0 or done == order.steps:
+            if ends:
                 judged = average.module if average else student
                 accuracy = accuracy_on(judged, check, order.size) if check is not None else None
                 judged = _joined(judged, model) if fsdp else judged
                 if run is not None:
                     run.note(done / order.steps_an_epoch, meter, accuracy, opt.param_groups[0]["lr"], judged)
                 meter = Meter(judges)
-            due = done % order.steps_an_epoch == 0 or done == order.steps or time.monotonic() - saved > every
-            if fabric.broadcast(due) if fsdp else due and run is not None:  # all must take part, and clocks differ
+            if due:
                 save(done)
                 saved = time.monotonic()
         result = average.module if average else student
@@ -349,16 +352,6 @@ def _labels_fit(model: nn.Module, data: Data | Pair, objectives: Sequence[Object
             f"image {i} has the label {int(labels[i])}, and the model answers with the classes 0 to {outputs - 1}: "
             "mend the labels, or give the model a head of as many classes (--num-classes)"
         )
-
-
-def _finite(loss: Tensor, terms: dict[str, Tensor], step: int, batch: Batch) -> None:
-    if torch.isfinite(loss):
-        return
-    bad = [n for n, t in terms.items() if not torch.isfinite(t)]
-    raise VitreousError(
-        f"the loss is not finite at step {step} (term {', '.join(bad) or 'sum'}; images {batch.index[:8].tolist()} …): "
-        "try a lower learning rate, a longer warm-up or a smaller clip=; with fp16 try bf16"
-    )
 
 
 def _statistics_kept(model: nn.Module) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image
-from plotly.colors import sample_colorscale, sequential, unlabel_rgb
 
 SIDE = 224
 """Pixels of the longer side of every drawn picture, about: tiny ones grow by a whole factor."""
@@ -16,9 +16,14 @@ SIDE = 224
 DARK = 0.25  # brightness of a dropped patch
 BORDER = (92, 195, 204)  # between what is kept and what is dropped
 
-COLOURS = np.array(
-    [unlabel_rgb(c) for c in sample_colorscale(sequential.Inferno, np.linspace(0, 1, 256).tolist(), colortype="rgb")]
-)  # [256, 3], 0 to 255
+
+@cache
+def colours() -> np.ndarray:
+    """From dark to bright, `[256, 3]`, 0 to 255."""
+    from plotly.colors import sample_colorscale, sequential, unlabel_rgb
+
+    shades = sample_colorscale(sequential.Inferno, np.linspace(0, 1, 256).tolist(), colortype="rgb")
+    return np.array([unlabel_rgb(c) for c in shades])
 
 
 def enlarge(image: Image.Image) -> Image.Image:
@@ -41,7 +46,7 @@ def overlay(image: Image.Image, shares: np.ndarray, scale: tuple[float, float]) 
     level = np.asarray(Image.fromarray(level.astype(np.float32)).resize(base.size, Image.Resampling.NEAREST))
     grey = np.asarray(base.convert("L"), float)[..., None]
     weight = 0.55 + 0.35 * level[..., None]  # the brighter the patch, the less of the picture
-    mixed = (1 - weight) * grey + weight * COLOURS[(level * 255).astype(int)]
+    mixed = (1 - weight) * grey + weight * colours()[(level * 255).astype(int)]
     return Image.fromarray(mixed.astype(np.uint8))
 
 
@@ -77,7 +82,7 @@ def tokens_left(groups: np.ndarray) -> int:
 
 def colour_bar() -> Image.Image:
     """The colours of `overlay`, from the least to the most."""
-    return Image.fromarray(COLOURS.astype(np.uint8)[None].repeat(12, 0))
+    return Image.fromarray(colours().astype(np.uint8)[None].repeat(12, 0))
 
 
 def data_uri(image: Image.Image, level: int = 9) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
-from plotly.offline import get_plotlyjs
 
 from ..files import write_whole
 from .answers import Guess
@@ -66,6 +65,8 @@ def write_report(
     found, `facts` by name what else the measurement depends on. A picture goes into every section that it has something for.
     Raises `VitreousError` when `path` cannot be written.
     """
+    from plotly.offline import get_plotlyjs
+
     said = verdict(proof)
     charts = [_latency_chart(proof, b, said.model) for b in proof.batches] if any(m.latency for m in proof.models) else []
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(

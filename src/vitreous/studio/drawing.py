@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ..prove.drawing import COLOURS, data_uri, enlarge
+from ..prove.drawing import colours, data_uri, enlarge
 
 GAP = 2  # pixels between the maps of a sheet
 SIDE = 14  # pixels a side that a map of the sheet has at least
@@ -22,7 +22,7 @@ def heat(values: np.ndarray, size: tuple[int, int], patch: int | None = None, st
     """`values` `[h, w]` as SVG to lie over a picture `size`: the darker, the less; the asked `patch` is outlined."""
     h, w = values.shape
     level = np.clip(values / max(float(values.max()), 1e-12), 0, 1)
-    rgba = np.dstack([COLOURS[(level * 255).astype(int)], 255 * strength * (0.45 + 0.4 * level)]).astype(np.uint8)
+    rgba = np.dstack([colours()[(level * 255).astype(int)], 255 * strength * (0.45 + 0.4 * level)]).astype(np.uint8)
     width, height = size
     parts = [
         f'<image href="{data_uri(Image.fromarray(rgba))}" width="{width}" height="{height}" preserveAspectRatio="none" '
@@ -61,7 +61,7 @@ class Sheet:
             for head, one in enumerate(of_layer if of_layer is not None else ()):
                 level = np.clip(one / max(float(one.max()), 1e-12), 0, 1)
                 x, y = layer * self.cell[0] + GAP, head * self.cell[1] + GAP
-                canvas[y : y + h * k, x : x + w * k, :3] = COLOURS[(level * 255).astype(int)].repeat(k, 0).repeat(k, 1)
+                canvas[y : y + h * k, x : x + w * k, :3] = colours()[(level * 255).astype(int)].repeat(k, 0).repeat(k, 1)
                 canvas[y : y + h * k, x : x + w * k, 3] = 255
         self.image = Image.fromarray(canvas)
 
