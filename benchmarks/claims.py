@@ -61,6 +61,7 @@ ARMS = {
     "MCTF": Arm("MCTF(r=8)"),
     "NViT": Arm("NViT(keep=0.54)"),
     "uniform": Arm("", uniform=(4, 0.475)),
+    "EViT, half": Arm("EViT(keep=0.5)", 2),
     BASELINE[2]: Arm("", 2),
     "ToMe": Arm("ToMe(r=7)"),
     "ten times, b": Arm("NViT(keep=0.35), EViT(keep=0.5, at=(2, 4, 6))", 2),
@@ -142,8 +143,10 @@ def _base(seed: int) -> dict[str, Any]:
 def _arm(name: str, seed: int) -> dict[str, Any]:
     a, arm, began = _held["a"], ARMS[name], time.monotonic()
     whole = vt.load(a.kept / f"original-{seed}.safetensors")
-    some = _held["train"][0][:64].cpu()
-    small = slimmed(whole, arm, some)
+    place = a.device if "NViT" in arm.steps else "cpu"  # its gradients take long
+    some = _held["train"][0][:64].to(place)
+    small = slimmed(whole.to(place), arm, some).cpu()
+    whole, some = whole.cpu(), some.cpu()
     untrained, cost = _answers(small), macs(small, some[:1])
     healed = _teach(small, a.epochs * arm.times, a.lr, seed + 1000, whole)
     vt.save(healed, a.kept / f"{name.replace(', ', '-')}-{seed}.safetensors")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from .export import quiet, trace
 from .named import Named
 from .parity import Parity, Yardstick
 
+SHAPES = 8
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # eight bits of mantissa through a dozen blocks
 
 
@@ -79,12 +83,42 @@ def ship_inductor(
     return parity
 
 
-def load_inductor(path: str | Path) -> Callable[[Tensor], Any]:
-    """The package as a function of images, to a tensor, or a tuple of several. It is compiled code: load what you trust."""
-    package = torch._inductor.aoti_load_package(str(path))
+def load_inductor(path: str | Path, graphs: bool = True) -> Callable[[Tensor], Any]:
+    """The package as a function of images, to a tensor, or a tuple of several. It is compiled code: load what you trust.
+
+    On a GPU what it launches is recorded once for each shape of images (a CUDA graph, NVIDIA 2019) and replayed, for at small
+    batches launching takes longer than computing; the memory of the last `SHAPES` shapes is held. `graphs=False` launches anew.
+    Threads take turns on a GPU, and run side by side on a processor.
+    """
+    package = cache(lambda alone: torch._inductor.aoti_load_package(str(path), run_single_threaded=alone))
+    recorded: OrderedDict[torch.Size, tuple[Tensor, torch.cuda.CUDAGraph, Any]] = OrderedDict()
+    turn = Lock()
+
+    def replay(images: Tensor) -> Any:
+        if images.shape not in recorded:
+            held, graph = images.clone(), torch.cuda.CUDAGraph()
+            apart = torch.cuda.Stream(images.device)
+            apart.wait_stream(torch.cuda.current_stream(images.device))
+            with torch.cuda.stream(apart):  # kernels are loaded when they first run, which cannot be recorded
+                package(True)(held)
+            torch.cuda.current_stream(images.device).wait_stream(apart)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+                out = package(True)(held)
+            recorded[images.shape] = held, graph, out
+            if len(recorded) > SHAPES:
+                recorded.popitem(last=False)
+        recorded.move_to_end(images.shape)
+        held, graph, out = recorded[images.shape]
+        held.copy_(images)
+        graph.replay()
+        return [o.clone() for o in out]
 
     def run(images: Tensor) -> Any:
-        out = package(images)
+        if images.is_cuda and graphs:
+            with turn:
+                out = replay(images)
+        else:
+            out = package(False)(images)
         return out[0] if isinstance(out, list | tuple) and len(out) == 1 else out
 
     return run
