@@ -38,7 +38,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BASELINE = "timm bf16 + torch.compile"
 GRAPHS = f"{BASELINE}, CUDA graphs"
-SMALLER = {"EViT 0.7": vt.tokens.EViT(keep=0.7), "EViT 0.5": vt.tokens.EViT(keep=0.5)}  # of DeiT's blocks 3, 6 and 9
+SPARSE = "2:4"
+SMALLER = {"EViT 0.7": vt.tokens.EViT(keep=0.7), "EViT 0.5": vt.tokens.EViT(keep=0.5), SPARSE: vt.prune.TwoFour()}
 
 
 def built(name: str, recipe: str = "") -> nn.Module:
@@ -52,7 +53,8 @@ def ways(name: str, device: str) -> list[str]:
     low, shrunk = ("bfloat16", "float16") if device == "cuda" else ("bfloat16",), SMALLER if name != "tiny" else ()
     graphs = [GRAPHS] if device == "cuda" else []
     found = [BASELINE, *graphs, "timm fp32", *(f"AOTInductor {d}" for d in low), "AOTInductor launched anew", "torchao int8"]
-    found += [f"{r}, {way}" for r in shrunk for way in (f"AOTInductor {low[-1]}", *graphs)]
+    found += [f"{r}, {way}" for r in shrunk if r != SPARSE for way in (f"AOTInductor {low[-1]}", *graphs)]
+    found += ["timm fp16", f"{SPARSE}, its kernels fp16"] if graphs and shrunk else []
     return [*found, "ONNX Runtime CUDA fp32", "ONNX Runtime TensorRT fp16"]
 
 
@@ -66,6 +68,9 @@ def made(name: str, way: str, images: Tensor, folder: Path) -> Run:
     model, low = built(name, recipe).to(images.device), torch.float16 if images.is_cuda else torch.bfloat16
     if way == "timm fp32":
         return model
+    if way.endswith("fp16") and "ONNX" not in way:
+        half = vt.prune.on_tensor_cores(model) if recipe else model.half()
+        return lambda x: half(x.half())
     if "torch.compile" in way:
         compiled = torch.compile(model.to(torch.bfloat16), mode="reduce-overhead" if way.endswith(GRAPHS) else "default")
         return lambda x: compiled(x.to(torch.bfloat16)).clone()
