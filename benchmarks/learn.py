@@ -21,18 +21,18 @@ import os
 import re
 import resource
 import time
-import traceback
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lessons  # noqa: F401  they register themselves
+import lessons
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from lessons.bench import QUEUE, SCALES, Bench
 from scipy.stats import t as student_t
+from side_by_side import work_through
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -43,20 +43,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results" / "learn.json"
 
 
-def _work(jobs: Connection, data: Path | None, scale: str, device: str, kept: Path, threads: int) -> None:
-    """A process of the queue: it is sent experiments and seeds, and sends figures and seconds. After a failure it ends, for what
-    has gone wrong on a GPU would go wrong again."""
+def _begin(data: Path | None, scale: str, device: str, kept: Path, threads: int) -> Callable[[tuple[str, int]], Any]:
+    assert lessons  # which fill the queue
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # of a GPU: products in TF32
     bench = Bench(data, SCALES[scale], device, kept)
-    while True:
-        name, seed = jobs.recv()
-        began = time.monotonic()
-        try:
-            jobs.send((QUEUE[name].run(bench, seed), time.monotonic() - began))
-        except Exception:
-            jobs.send((traceback.format_exc(), time.monotonic() - began))
-            return
+    return lambda job: QUEUE[job[0]].run(bench, job[1])
 
 
 def queue(a: argparse.Namespace) -> None:
@@ -64,45 +56,26 @@ def queue(a: argparse.Namespace) -> None:
     Longest first, as far as is known. What fails leaves what it said beside the results, and is tried again by the next queue."""
     held: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
     a.results.parent.mkdir(parents=True, exist_ok=True)
-    until, here, context = time.monotonic() + a.seconds, describe(), multiprocessing.get_context("spawn")
+    until, here = time.monotonic() + a.seconds, describe()
     of = {n: held.get(n, {}).get(a.scale, {}) for n in QUEUE}
     took = {n: max((r["seconds"] for r in runs.values()), default=1e9) for n, runs in of.items()}
     longest = sorted(a.only or QUEUE, key=lambda n: -took[n])
     left = [(n, s) for s in range(a.seeds) for n in longest if str(s) not in of[n]]
+    given = a.data, a.scale, a.device, a.kept, a.threads
     Bench(a.data, SCALES[a.scale], "cpu", a.kept)  # pictures are read once, not by every process
-    idle: list[Connection] = []
-    processes, busy = {}, {}
-    while (left or busy) and time.monotonic() < until:
-        while left and len(busy) < a.processes:
-            if not idle:
-                ours, its = context.Pipe()
-                processes[ours] = context.Process(target=_work, args=(its, a.data, a.scale, a.device, a.kept, a.threads))
-                processes[ours].start()
-                its.close()
-                idle.append(ours)
-            busy[idle[-1]] = left.pop(0)
-            idle[-1].send(busy[idle.pop()])
-        for done in wait(list(busy), max(until - time.monotonic(), 0)):
-            assert isinstance(done, Connection)
-            name, seed = busy.pop(done)
-            try:
-                arms, seconds = done.recv()
-            except EOFError:
-                arms, seconds = "its process died", 0.0
-            if isinstance(arms, str):
-                a.results.with_name(f"failed-{name}-{a.scale}-{seed}.txt").write_text(arms)
-                print(f"{name}, seed {seed}: FAILED after {seconds:.0f} s: {arms.strip().splitlines()[-1][:200]}", flush=True)
-                continue
-            idle.append(done)
-            stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": a.device}
-            held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = {"arms": arms, "seconds": seconds, **stamp}
-            aside = a.results.with_suffix(".part")
-            aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
-            os.replace(aside, a.results)
-            print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
-    for process in processes.values():
-        process.kill()
-    print(f"{len(left) + len(busy)} left", flush=True)
+    for job, arms, wrong, seconds in work_through(left, _begin, given, a.processes, until):
+        name, seed = job
+        if wrong is not None:
+            a.results.with_name(f"failed-{name}-{a.scale}-{seed}.txt").write_text(wrong)
+            print(f"{name}, seed {seed}: FAILED after {seconds:.0f} s: {wrong.strip().splitlines()[-1][:200]}", flush=True)
+            continue
+        stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": a.device}
+        held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = {"arms": arms, "seconds": seconds, **stamp}
+        aside = a.results.with_suffix(".part")
+        aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
+        os.replace(aside, a.results)
+        print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
+    print(f"{sum(str(s) not in held.get(n, {}).get(a.scale, {}) for n, s in left)} left", flush=True)
 
 
 def table(name: str, scale: str, runs: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """The figures of docs/supernet.md: networks designed, stitched, and cut from supernets.
 
     python benchmarks/supernet.py queue --data sample --seconds 240    # goes on where it stopped
-    python benchmarks/supernet.py queue --only proxies --data cifar10  # long: trains 24 architectures
+    python benchmarks/supernet.py queue --only proxies widths supernet --data cifar10-jpeg --device cuda --processes 4 --batch 256
     python benchmarks/supernet.py tables                               # docs/results/supernet.json as Markdown
 
 An entry is a function of the data and a seed to named figures; the first seed of all comes before the second of any. Networks are
-small, trained for `--epochs` from scratch, and measured on images that trained nothing and chose nothing.
+small, trained for `--epochs` from scratch, and measured on images that trained nothing and chose nothing. `proxies`, which trains
+24 architectures, runs when it is asked for.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import os
 import random
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lessons.bench import Pair, read
 from scipy.stats import kendalltau, rankdata
+from side_by_side import work_through
 from torch import nn
 
 import vitreous as vt
-from vitreous.data import Data, training_data
+from vitreous.data import training_data
 from vitreous.learn.measure import accuracy_on
-from vitreous.models.as_vit import AsViT
 from vitreous.models.deepmad import Stage
 from vitreous.prove.cost import macs
 from vitreous.prove.machine import describe
@@ -35,6 +38,7 @@ from vitreous.prune.subnet import Space, Subnet, sort_units
 from vitreous.search.nets import as_vit, deepmad, stitch
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "supernet.json"
+NETS = 24
 Figures = dict[str, dict[str, float]]
 QUEUE: dict[str, Callable[[argparse.Namespace, int], Figures]] = {}
 SHAPES = ((96, 40, 5, 1), (384, 40, 5, 6), (384, 64, 5, 9), (1024, 104, 3, 10, 1), (672, 104, 5, 12))
@@ -46,18 +50,32 @@ def entry(run: Callable[[argparse.Namespace, int], Figures]) -> Callable[[argpar
     return run
 
 
-def trained(model: nn.Module, images: Data, a: argparse.Namespace, seed: int, objective: Any = ()) -> nn.Module:
-    return vt.learn.train(model, images, objective, epochs=a.epochs, batch=64, augment=None, seed=seed)
+def trained(model: nn.Module, images: Pair, a: argparse.Namespace, seed: int, objective: Any = ()) -> nn.Module:
+    given = dict(epochs=a.epochs, batch=a.batch, augment=None, seed=seed, accelerator=a.device)
+    return vt.learn.train(model, images, objective, **given).to(a.device)
 
 
-def parts(model: nn.Module, a: argparse.Namespace) -> tuple[Data, Data]:
-    return training_data(a.data, model)
+def pictures(a: argparse.Namespace) -> tuple[Pair, Pair]:
+    """To train on and to measure by, on the device: the sample's, or `--images` of a folder with `train/` and `test/`."""
+    return _pictures(a.data, a.images, a.kept, a.device)
 
 
-def vit(width: int, depth: int, seed: int) -> nn.Module:
+@cache
+def _pictures(data: str, images: int, kept: Path, device: str) -> tuple[Pair, Pair]:
+    if Path(data).is_dir():
+        found = [read(Path(data) / part, n, kept / f"{part}-{n}.npz") for part, n in (("train", images), ("test", 10_000))]
+    else:
+        held = training_data(data, vt.open("vit_tiny_patch16_224", img_size=28, in_chans=1))
+        found = [(part.tensor(range(len(part))), torch.as_tensor(part.labels)) for part in held]
+    first, second = ((x.to(device), y.to(device)) for x, y in found)
+    return first, second
+
+
+def vit(width: int, depth: int, images: Pair, seed: int) -> nn.Module:
+    _, channels, side, _ = images[0].shape
     torch.manual_seed(seed)
-    shape = dict(img_size=28, in_chans=1, patch_size=7, num_classes=10, embed_dim=width, depth=depth, num_heads=4)
-    return vt.open("vit_tiny_patch16_224", **shape)
+    shape = dict(img_size=side, in_chans=channels, patch_size=side // 4, num_classes=10)
+    return vt.open("vit_tiny_patch16_224", embed_dim=width, depth=depth, num_heads=4, **shape)
 
 
 @entry
@@ -73,10 +91,9 @@ def designed(a: argparse.Namespace, seed: int) -> Figures:
 @entry
 def stitched(a: argparse.Namespace, seed: int) -> Figures:
     """Two trained ViTs stitched: the front of routes by least squares alone, and after training on routes."""
-    small, large = vit(48, 4, seed), vit(96, 4, seed)
-    images, check = parts(small, a)
-    small, large = (trained(m, images, a, seed) for m in (small, large))
-    nets: dict[str, Any] = {"least squares": stitch.stitch(small, large, images.tensor(range(min(100, len(images)))), 16)}
+    images, check = pictures(a)
+    small, large = (trained(vit(width, 4, images, seed), images, a, seed) for width in (48, 96))
+    nets: dict[str, Any] = {"least squares": stitch.stitch(small, large, images[0][:100], 16)}
     nets["trained"] = trained(nets["least squares"], images, a, seed, vt.learn.Stitched())
     found: Figures = {}
     for name, net in nets.items():
@@ -107,11 +124,11 @@ def widths(a: argparse.Namespace, seed: int) -> Figures:
 
 
 def subnetworks(a: argparse.Namespace, seed: int, width: float) -> Figures:
-    model = vit(64, 4, seed)
-    images, check = parts(model, a)
+    images, check = pictures(a)
+    model = vit(64, 4, images, seed)
     plain = trained(model, images, a, seed)
     tuned = trained(model, images, a, seed, vt.learn.InstaTune(depth=2, width=width))
-    sorted_ = sort_units(vt.slim(plain, ()), images.tensor(range(64)))
+    sorted_ = sort_units(vt.slim(plain, ()), images[0][:64])
     space, draw = Space.of(plain, 2, width=width), random.Random(seed)
     choices = [space.smallest, *(space.draw(draw) for _ in range(9))]
     found: Figures = {}
@@ -122,28 +139,22 @@ def subnetworks(a: argparse.Namespace, seed: int, width: float) -> Figures:
     return found
 
 
-@entry
-def proxies(a: argparse.Namespace, seed: int) -> Figures:
-    """Kendall's τ of As-ViT's measures, of parameters and of MACs with the accuracy of 24 nets trained alike, with its 95 %
-    interval over draws of nets. What is done of each net is kept in `runs`, so that a run that was stopped goes on."""
+def proxy(a: argparse.Namespace, seed: int, i: int) -> list[float]:
+    """Of the net number `i` of As-ViT's space: accuracy, κ below zero, length, parameters, MACs."""
     draw, options = random.Random(seed), as_vit.choices()
-    kept = Path("runs") / f"proxies-{a.data}-{a.epochs:g}-{seed}.json"
-    rows: list[list[float]] = json.loads(kept.read_text()) if kept.exists() else []
-    for i in range(24):
-        genotype = as_vit._written(options, [draw.randrange(len(o)) for o in options], 32)
-        if i < len(rows):
-            continue
-        model = vt.open("as_vit_seed", img_size=32, num_classes=10, genotype=as_vit.numbers(genotype))
-        images, check = parts(model, a)
-        told = as_vit.complexity(genotype, inits=3, seed=seed)
-        accuracy = accuracy_on(trained(model, images, a, seed), check) or 0.0
-        assert isinstance(model, AsViT)
-        cost = macs(model, torch.zeros(1, 3, 32, 32))
-        size = float(sum(p.numel() for p in model.parameters()))
-        rows.append([accuracy, -told.kappa, told.length, size, float(cost)])
-        kept.parent.mkdir(exist_ok=True)
-        kept.with_suffix(".part").write_text(json.dumps(rows))
-        os.replace(kept.with_suffix(".part"), kept)
+    genotype = [as_vit._written(options, [draw.randrange(len(o)) for o in options], 32) for _ in range(i + 1)][-1]
+    torch.manual_seed(seed)
+    model = vt.open("as_vit_seed", img_size=32, num_classes=10, genotype=as_vit.numbers(genotype))
+    cost, size = macs(model, torch.zeros(1, 3, 32, 32)), sum(p.numel() for p in model.parameters())
+    told = as_vit.complexity(genotype, inits=3, seed=seed)
+    images, check = pictures(a)
+    accuracy = accuracy_on(trained(model, images, a, seed), check, 256) or 0.0
+    return [accuracy, -told.kappa, told.length, float(size), float(cost)]
+
+
+def proxies(rows: list[list[float]], seed: int) -> Figures:
+    """Kendall's τ of As-ViT's measures, of parameters and of MACs with the accuracy of `NETS` nets trained alike, with its 95 %
+    interval over draws of nets."""
     accuracy, *measures = np.array(rows).T
     both = sum(rankdata(m) for m in measures[:2])  # As-ViT's sum of ranks
     named = dict(
@@ -155,25 +166,54 @@ def proxies(a: argparse.Namespace, seed: int) -> Figures:
     for name, x in named.items():
         low, high = np.nanpercentile([tau(x, some) for some in again], (2.5, 97.5))
         found[name] = {"τ": tau(x, np.arange(len(rows))), "from": float(low), "to": float(high)}
-    return found
+    return found | {"(accuracy, %)": {"τ": 100 * accuracy.mean(), "from": 100 * accuracy.min(), "to": 100 * accuracy.max()}}
+
+
+def _begin(a: argparse.Namespace) -> Callable[[tuple[str, int, int]], Any]:
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # of a GPU: products in TF32
+    return lambda job: proxy(a, *job[1:]) if job[0] == "proxies" else QUEUE[job[0]](a, job[1])
 
 
 def queue(a: argparse.Namespace) -> None:
+    """What the results have not yet; each net of `proxies` is a piece of work of its own, kept in a file beside the results."""
     held: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
-    until = time.monotonic() + a.seconds
-    wanted = a.only or [n for n in QUEUE if n != "proxies"]
-    left = [(n, s) for s in range(a.seeds) for n in wanted if str(s) not in held.get(n, {})]
-    for name, seed in left:
-        if time.monotonic() > until:
-            break
-        began = time.monotonic()
-        arms = QUEUE[name](a, seed)
-        stamp = {"cpu": describe()["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "data": a.data}
-        held.setdefault(name, {})[str(seed)] = {"arms": arms, "epochs": a.epochs, "seconds": time.monotonic() - began, **stamp}
-        aside = a.results.with_suffix(".part")
-        aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
-        os.replace(aside, a.results)
-        print(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+    a.results.parent.mkdir(parents=True, exist_ok=True)
+    beside = a.results.with_name("proxies.json")
+    rows: dict[str, list[float]] = json.loads(beside.read_text()) if beside.exists() else {}
+    of_net = lambda seed, i: f"{a.data}, {a.epochs:g} epochs, seed {seed}, net {i}"
+    left: list[tuple[str, int, int]] = []
+    for seed in range(a.seeds):
+        for name in a.only or QUEUE:
+            if str(seed) not in held.get(name, {}):
+                pieces = range(NETS if name == "proxies" else 1)
+                left += [(name, seed, i) for i in pieces if name != "proxies" or of_net(seed, i) not in rows]
+    if left and Path(a.data).is_dir():
+        pictures(argparse.Namespace(**{**vars(a), "device": "cpu"}))  # are read once, not by every process
+    for job, made, wrong, seconds in work_through(left, _begin, (a,), a.processes, time.monotonic() + a.seconds):
+        name, seed, i = job
+        if wrong is not None:
+            a.results.with_name(f"failed-{name}-{seed}-{i}.txt").write_text(wrong)
+            print(f"{name}, seed {seed}, {i}: FAILED: {wrong.strip().splitlines()[-1][:200]}", flush=True)
+            continue
+        print(f"{name}, seed {seed}, {i}: {seconds:.0f} s", flush=True)
+        if name == "proxies":
+            rows[of_net(seed, i)] = made
+            whole(beside, rows)
+            mine = [rows[of_net(seed, j)] for j in range(NETS) if of_net(seed, j) in rows]
+            if len(mine) < NETS:
+                continue
+            made = proxies(mine, seed)
+        stamp = {"cpu": describe()["cpu"], "device": a.device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+        stamp |= {"epochs": a.epochs, "seconds": seconds, "data": Path(a.data).name}
+        held.setdefault(name, {})[str(seed)] = {"arms": made, **stamp}
+        whole(a.results, held)
+
+
+def whole(path: Path, found: Any) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    os.replace(aside, path)
 
 
 def tables(a: argparse.Namespace) -> None:
@@ -195,7 +235,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=float, default=10)
-    parser.add_argument("--only", nargs="+", choices=QUEUE)
+    parser.add_argument("--only", nargs="+", choices=(*QUEUE, "proxies"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--images", type=int, default=45_000, help="of a folder, to train on")
+    parser.add_argument("--kept", type=Path, default=Path("runs/learn"), help="the pictures of a folder, read")
     parser.add_argument("--results", type=Path, default=RESULTS)
     a = parser.parse_args()
     (queue if a.what == "queue" else tables)(a)

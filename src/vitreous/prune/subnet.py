@@ -236,7 +236,7 @@ def sort_units(model: nn.Module, images: Tensor | None = None) -> nn.Module:
             score = value.abs().sum((1, 2)) * out.abs().sum((0, 2))
         order = score.argsort(descending=True, stable=True)
         size = attn.proj.in_features // h
-        rows = (order[:, None] * size + torch.arange(size)).flatten()
+        rows = (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
         keep(attn.qkv, torch.cat([rows + i * attn.proj.in_features for i in range(3)]), 0)
         keep(attn.proj, rows, 1)
         made = sum(layer.weight.unflatten(0, (-1, last.in_features)).abs().sum((0, 2)) for layer in first)

@@ -59,7 +59,7 @@ def length_distortion(model: AsViT, plane: Tensor, points: int = 10) -> float:
     plane: two orthonormal directions of images, `[2, C, H, W]`. Larger is more expressive.
     """
     model = without_norms(model).train()
-    theta = torch.linspace(0, 2 * math.pi, points, dtype=plane.dtype)
+    theta = torch.linspace(0, 2 * math.pi, points, dtype=plane.dtype, device=plane.device)
     cos, sin = theta.cos()[:, None, None, None], theta.sin()[:, None, None, None]
     circle, speed = cos * plane[0] + sin * plane[1], cos * plane[1] - sin * plane[0]
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ...data import Data
 from ...errors import VitreousError
+from ...learn.batches import Pair
+from ...learn.measure import accuracy_on
 from ...models.sn_net import SNNet, arguments
 from ...steps import history_of
 from ...store import open_model
@@ -95,18 +97,17 @@ class Measured:
 
 @torch.inference_mode()
 def measure(
-    net: SNNet, data: Data, limit: int | None = None, progress: Callable[[str, float], None] = lambda what, share: None
+    net: SNNet, data: Data | Pair, limit: int | None = None, progress: Callable[[str, float], None] = lambda what, share: None
 ) -> list[Measured]:
     """Every usable route, or about `limit` of them evenly by cost, on labelled images; from the cheapest."""
     order = sorted(net.usable, key=net.macs)
     if limit is not None and limit < len(order):
         order = [order[round(i * (len(order) - 1) / max(limit - 1, 1))] for i in range(limit)]
-    held, kept, found = list(data.batches(64)), net.route, []
+    kept, found = net.route, []
     for i, route in enumerate(order):
         net.route = route
         progress(f"route {net.at(route)}", i / len(order))
-        right = sum(int((net(x).argmax(1) == y).sum()) for x, y in held)
-        found.append(Measured(route, net.macs(route), right / sum(len(y) for _, y in held)))
+        found.append(Measured(route, net.macs(route), accuracy_on(net, data) or 0.0))
     net.route = kept
     return found
 
