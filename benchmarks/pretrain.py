@@ -1,129 +1,262 @@
 """The figures of docs/pretrain.md: methods of pretraining at equal time, beside none and beside supervised training.
 
-    python benchmarks/pretrain.py queue --data cifar10-jpeg --seconds 280  # folders train/ and test/; goes on where it stopped
-    python benchmarks/pretrain.py queue --data cifar10-jpeg --dinov2 dinov2_vits14_224.safetensors --only EVA
-    python benchmarks/pretrain.py tables  # docs/results/pretrain.json into docs/pretrain.md
+    python benchmarks/pretrain.py queue --data cifar10-jpeg --dinov2 dinov2_vits14_224.safetensors   # folders train/ and test/
+    python benchmarks/pretrain.py queue --data cifar10-jpeg --dinov2 … --scale large --device cuda --processes 6 --seconds 250
+    python benchmarks/pretrain.py queue --scale tiny --budget 0.2   # drawn pictures, to see that every arm runs
+    python benchmarks/pretrain.py tables                            # docs/results/pretrain.json into docs/pretrain.md
 
-Each arm pretrains the same small ViT on the same pictures without labels for `--budget` seconds of the processor's time (which
-other programs do not lengthen): its steps are timed first, and the epochs are what fits. Then k-NN over the labelled pictures,
-and fine-tuning on a tenth of the labels.
+Each arm pretrains the same small ViT on the same pictures without labels, with as many steps as fit into `--budget` seconds. How
+long a step takes is measured first, alone: on a GPU every other process of the queue waits meanwhile, on a CPU the processor's
+own time is taken. Then k-NN over all labelled pictures, and a linear layer and fine-tuning on a tenth of the labels. Results are
+written arm by arm, an arm that fails leaves its traceback beside them, and a queue that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import os
+import multiprocessing
 import time
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import timm
+import numpy as np
 import torch
-from lessons.bench import read
-from torch import nn
-
-import vitreous as vt
-from vitreous.prove.machine import describe
+from pretraining import (
+    ALONE,
+    DUAL,
+    FEATURES,
+    METHODS,
+    NONE,
+    POA,
+    SCALES,
+    SHARE,
+    SINGLE,
+    SUPERVISED,
+    Bench,
+    TimeIsUp,
+    pictures,
+    written,
+)
+from scipy.stats import t as student_t
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results" / "pretrain.json"
-POOL, FEW, TEST, BATCH = 4000, 400, 1000, 64
-ARMS = {
-    "no pretraining": "",
-    "SimMIM, squares of 4": "SimMIM(cell=4)",
-    "SimMIM, squares of 8": "SimMIM(cell=8)",
-    "GMML": "GMML()",
-    "MAE": "MAE(width=64, depth=2, heads=4)",
-    "SemAIM": "SemAIM()",
-    "SemAIM, raster": "SemAIM(order='raster')",
-    "SelfPatch": "SelfPatch(local=2, prototypes=512, patch_prototypes=256)",
-    "POA": "POA(local=2, prototypes=(512,))",
-    "Mask & Match": "MaskAndMatch()",
-    "EVA": "EVA(mask=0.4)",
-}
 
 
-def vit(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    size = dict(img_size=32, patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=0)
-    return timm.create_model("vit_tiny_patch16_224", **size).eval()
+def work(pipe: Connection, a: argparse.Namespace) -> None:
+    """A process: does what it is told, and answers with figures or with a traceback."""
+    torch.set_num_threads(a.threads)
+    bench: Bench | None = None
+    while (task := pipe.recv()) is not None:
+        began, broken = time.monotonic(), False
+        try:
+            bench = bench or Bench(a)
+            found: dict[str, Any] = {"figures": bench.run(*task), "where": bench.where}
+        except TimeIsUp:
+            found = {"stopped": True}
+        except Exception:
+            found = {"failed": traceback.format_exc()}
+        gc.collect()
+        try:
+            if a.device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.synchronize()
+        except RuntimeError:  # after some errors of the device nothing works any more in this process
+            broken = True
+        pipe.send(found | {"took": time.monotonic() - began})
+        if broken:
+            return
 
 
-def arm(name: str, seed: int, a: argparse.Namespace) -> dict[str, float]:
-    x, y = read(a.data / "train", POOL, a.kept / f"train-{POOL}.npz")
-    test = read(a.data / "test", TEST, a.kept / f"test-{TEST}.npz")
-    model, found = vit(seed), {}
-    if ARMS[name]:
-        teacher = vt.open("vit_small_patch14_dinov2", checkpoint=a.dinov2, img_size=112, num_classes=0) if name == "EVA" else None
-        augment = None if name in ("SelfPatch", "POA") else "shift"
-        given: dict[str, Any] = dict(teacher=teacher, batch=BATCH, augment=augment, seed=seed, warmup=0.1)
-        optimiser, said = vt.learn.AdamW(lr=1e-3), []
-        steps = 8
-        vt.pretrain(model, (x[:BATCH], None), ARMS[name], optimiser, epochs=1, say=said.append, **given)  # what is loaded once
-        began = time.process_time()
-        vt.pretrain(model, (x[: BATCH * steps], None), ARMS[name], optimiser, epochs=1, say=said.append, **given)
-        a_step = (time.process_time() - began) / steps
-        epochs = max(0.1, a.budget / a_step / (POOL // BATCH))
-        began = time.process_time()
-        model = vt.pretrain(model, (x, None), ARMS[name], optimiser, epochs=epochs, say=said.append, **given)
-        found = {
-            "seconds": time.process_time() - began,
-            "epochs": epochs,
-            "collapsed": float(bool(said and "epochs" not in said[-1])),
-        }
-    judged = vt.probe(model, (x, y), test, ("knn",), tokens="patches")
-    few = x[:FEW], y[:FEW]
-    tuned = vt.probe(model, few, test, ("finetune",), epochs=15, batch=32, augment="shift", layer_decay=0.75, seed=seed)
-    return {"knn": judged["knn"], "finetune": tuned["finetune"], "rankme": judged["rankme"], "spread": judged["spread"], **found}
+class Worker:
+    """A process of the queue, what it is at, and how often it had to be started."""
+
+    def __init__(self, a: argparse.Namespace) -> None:
+        self.a, self.task, self.starts = a, None, 0
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, self.a), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.starts += 1
+
+    def give(self, task: tuple[str, int] | None) -> None:
+        self.task = task
+        with suppress(OSError):  # it has died; `answer` says so
+            self.pipe.send(task)
+
+    def answer(self) -> dict[str, Any]:
+        self.task = None
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            said = {"failed": f"the process died, exit code {self.process.exitcode}", "took": 0.0}
+            if self.starts < 4:
+                self.start()
+            return said
 
 
 def queue(a: argparse.Namespace) -> None:
     """Every arm with every seed that the results have not yet, until `--seconds` are over."""
-    torch.set_num_threads(a.threads)
     held: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
-    until = time.monotonic() + a.seconds
-    names = a.only or [n for n in ARMS if n != "EVA" or a.dinov2]
-    for seed in range(a.seeds):
-        for name in names:
-            if str(seed) in held.get(name, {}) or time.monotonic() > until:
-                continue
-            here = describe()
-            stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "budget": a.budget}
-            held.setdefault(name, {})[str(seed)] = arm(name, seed, a) | {"stamp": stamp}
-            aside = a.results.with_suffix(".part")
-            aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
-            os.replace(aside, a.results)
-            print(name, seed, held[name][str(seed)], flush=True)
+    errors = a.results.with_suffix(".errors.txt")
+    a.until = time.time() + a.seconds
+    if a.data is not None:
+        pictures(a)  # read once, not by every process
+    # POA's arms judge several models, and come first
+    names = a.only or [POA, ALONE, SHARE, DUAL, SINGLE, *(n for n in METHODS if n != POA and (n != FEATURES or a.dinov2))]
+    left = [(n, s) for s in range(a.seeds) for n in names if str(s) not in held.get(n, {}).get(a.scale, {})]
+    took: dict[str, float] = {}
+    workers = [Worker(a) for _ in range(min(a.processes, len(left)))]
+    stamp = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "budget": a.budget, "device": a.device}
+    while workers:
+        for worker in workers:
+            fits = [t for t in left if time.time() + took.get(t[0], 0.0) < a.until]
+            if worker.task is None and fits and worker.process.is_alive():
+                left.remove(fits[0])
+                worker.give(fits[0])
+        busy = {w.pipe: w for w in workers if w.task is not None}
+        if not busy or time.time() > a.until + 30:
+            break
+        for pipe in wait(list(busy), timeout=5):
+            worker = busy[pipe]
+            assert worker.task is not None
+            (name, seed), found = worker.task, worker.answer()
+            if "figures" in found:
+                took[name] = found["took"]
+                figures = {"figures": found["figures"], "seconds": found["took"], "where": found["where"], **stamp}
+                held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = figures
+                written(a.results, held)
+            elif "failed" in found:
+                with errors.open("a") as file:
+                    file.write(f"{name}, seed {seed}, {a.scale} on {a.device}\n{found['failed']}\n")
+            said = next((k for k in ("failed", "stopped") if k in found), "done")
+            print(f"{name}, seed {seed}: {said}, {found['took']:.0f} s", flush=True)
+            if said == "failed":
+                print(found["failed"].strip().splitlines()[-1], flush=True)
+    for worker in workers:
+        worker.process.kill()
+        worker.process.join()
+    print(f"{len(left)} not begun")
+
+
+# ---- the tables
+
+
+def interval(ours: list[float], theirs: list[float], images: int) -> str:
+    """How far apart shares are, in points, with 95 %: paired by seed (Student's t), of fewer than three seeds by the test
+    images alone, as if they were not the same."""
+    n = min(len(ours), len(theirs))
+    if not n:
+        return "–"
+    apart = 100 * (np.array(ours[:n]) - np.array(theirs[:n]))
+    if n > 2:
+        half = student_t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5
+    else:
+        half = 196 * (sum(p * (1 - p) for p in (np.mean(ours), np.mean(theirs))) / images / n) ** 0.5
+    return f"{apart.mean():+.1f} [{apart.mean() - half:+.1f}, {apart.mean() + half:+.1f}]"
 
 
 def tables(a: argparse.Namespace) -> None:
-    """Writes the table between the marks of docs/pretrain.md."""
+    """Writes the tables between the marks of docs/pretrain.md, of the largest scale that has figures."""
     held = json.loads(a.results.read_text())
-    rows = ["| | k-NN % | 10 % of the labels, fine-tuned % | epochs in the time | RankMe |", "|---|---|---|---|---|"]
-    for name in ARMS:
-        if runs := list(held.get(name, {}).values()):
-            mean = lambda k, runs=runs: sum(r.get(k, 0.0) for r in runs) / len(runs)
-            epochs = f"{mean('epochs'):.1f}" if ARMS[name] else "–"
-            rows.append(f"| {name} | {100 * mean('knn'):.1f} | {100 * mean('finetune'):.1f} | {epochs} | {mean('rankme'):.1f} |")
+    scale = next(s for s in ("large", "small", "tiny") if any(s in runs for runs in held.values()))
+    runs = {name: [r["figures"] for _, r in sorted(found[scale].items())] for name, found in held.items() if scale in found}
+    several = [r for found in held.values() for r in found.get(scale, {}).values()]
+    made = {"methods": methods_table(runs, SCALES[scale].test), "sizes": sizes_table(runs), "decoder": decoder_table(runs)}
+    kinds = [sorted({str(r[k]) for r in several}) for k in ("where", "torch", "budget", "date")]
+    seeds = {n: len(found.get(scale, {})) for n, found in held.items()}
+    few = ", ".join(f"{n}: {c}" for n, c in seeds.items() if c < max(seeds.values()))
+    said = f"Scale `{scale}`, {', '.join(kinds[0])}, torch {', '.join(kinds[1])}, budget of {', '.join(kinds[2])} s, "
+    said += f"{max(seeds.values())} seeds{f' ({few})' if few else ''}, {', '.join(kinds[3])}."
     page = DOCS / "pretrain.md"
-    before, _, rest = page.read_text().partition("<!-- table -->\n")
-    _, _, after = rest.partition("<!-- end -->\n")
-    page.write_text(before + "<!-- table -->\n" + "\n".join(rows) + "\n<!-- end -->\n" + after)
+    text = page.read_text()
+    for name, table in made.items():
+        before, _, rest = text.partition(f"<!-- table {name} -->\n")
+        _, _, after = rest.partition("<!-- end -->\n")
+        text = f"{before}<!-- table {name} -->\n{table}\n\n{said}\n<!-- end -->\n{after}" if table else text
+    page.write_text(text)
+
+
+def of(runs: list[dict[str, Any]], key: str) -> list[float]:
+    return [r[key] for r in runs if key in r]
+
+
+def percent(values: list[float]) -> str:
+    return f"{100 * np.mean(values):.1f}" if values else "–"
+
+
+def methods_table(runs: dict[str, Any], images: int) -> str:
+    heads = ["", "k-NN %", "against none", "linear %", "fine-tuned %", "against labels alone", "epochs in the time", "RankMe"]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in METHODS:
+        if name not in runs:
+            continue
+        ours = {k: of(runs[name], k) for k in ("knn", "linear", "finetune", "epochs", "rankme", "collapsed", "capped")}
+        apart = [
+            interval(ours[k], of(runs.get(base, []), k), images) if name != base else "–"
+            for k, base in (("knn", NONE), ("finetune", SUPERVISED))
+        ]
+        epochs = f"{'capped, ' if any(ours['capped']) else ''}{np.mean(ours['epochs']):.1f}" if ours["epochs"] else "–"
+        said = ", collapsed" if any(ours["collapsed"]) else ""
+        shown = [percent(ours["knn"]), apart[0], percent(ours["linear"]), percent(ours["finetune"]), apart[1], epochs]
+        rows.append(f"| {name} | " + " | ".join(shown) + f" | {np.mean(ours['rankme']):.1f}{said} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def sizes_table(runs: dict[str, Any]) -> str:
+    sizes = list(dict.fromkeys(size for n in (POA, ALONE, SHARE) for r in runs.get(n, []) for size in r["sizes"]))
+    rows = ["| width × depth | | k-NN % | linear % | fine-tuned % | steps |", "|---|---|---|---|---|---|"]
+    for size in sizes:
+        for name, said in ((POA, "taken out of one run"), (ALONE, ALONE), (SHARE, SHARE)):
+            found = [r["sizes"][size] for r in runs.get(name, []) if size in r["sizes"]]
+            if found:
+                steps = of(found, "steps") or of(runs[POA], "steps")
+                shown = " | ".join(percent(of(found, k)) for k in ("knn", "linear", "finetune"))
+                rows.append(f"| {size} | {said} | {shown} | {np.mean(steps):.0f} |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def decoder_table(runs: dict[str, Any]) -> str:
+    depths = (2, 4, 8)
+    heads = ["", "k-NN %", "steps in the time", *(f"decoder of {d}: ms a step, MiB" for d in depths)]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in (DUAL, SINGLE):
+        if name in runs:
+            mean = lambda k, name=name: float(np.mean(of(runs[name], k)))
+            memory = lambda d, mean=mean: "" if np.isnan(m := mean(f"memory of {d}")) else f", {m:.0f}"
+            cells = [f"{1000 * mean(f'step of {d}'):.1f}{memory(d)}" for d in depths]
+            rows.append(f"| {name} | {percent(of(runs[name], 'knn'))} | {mean('steps'):.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["queue", "tables"])
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--dinov2", type=Path)
-    parser.add_argument("--only", nargs="*", choices=list(ARMS))
-    parser.add_argument("--budget", type=float, default=15.0, help="seconds of the processor for an arm")
-    parser.add_argument("--seconds", type=float, default=280.0)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="class folders train/ and test/ of 32 × 32 pictures; drawn ones without")
+    parser.add_argument("--dinov2", type=Path, help="weights of DINOv2 ViT-S/14; without, EVA is left out")
+    parser.add_argument("--scale", choices=SCALES, default="small")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", nargs="*", choices=[*METHODS, DUAL, SINGLE, ALONE, SHARE])
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds of pretraining of an arm")
+    parser.add_argument("--most", type=int, default=20_000, help="steps that no arm goes beyond")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after these, whatever is not done")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--kept", type=Path, default=Path("/tmp/vitreous-pretrain"), help="folder of decoded pictures")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("runs/learn"), help="folder of decoded pictures and of what a step takes"
+    )
     a = parser.parse_args()
     a.kept.mkdir(parents=True, exist_ok=True)
     {"queue": queue, "tables": tables}[a.what](a)

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, Parallel
 from torch import Tensor, nn
 
 from vitreous.anatomy import Block as FoundBlock
-from vitreous.anatomy import read
+from vitreous.anatomy import read, steady
 from vitreous.anatomy import reading as anatomy
 from vitreous.anatomy.parts import mix, plain_forward
 from vitreous.errors import VitreousError
@@ -355,3 +355,16 @@ def test_another_thread_runs_the_model_while_it_is_read(make: Callable[[], nn.Mo
     found.require_plain("reading")
     assert found.grid == (4, 4) and len(answers) == 1
     torch.testing.assert_close(answers[0], right)
+
+
+def test_a_model_that_learns_is_read_once() -> None:
+    model = small_vit()
+    with steady():
+        first = read(model)
+        with torch.no_grad():
+            model.get_parameter("blocks.0.norm1.weight").mul_(2)
+        assert read(model) is first
+    assert read(model) is not first
+    model.set_submodule("blocks", nn.Sequential(model.get_submodule("blocks.0")))
+    with steady():  # what was read outside counts only while it holds
+        assert len(read(model).blocks) == 1

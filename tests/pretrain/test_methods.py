@@ -133,6 +133,23 @@ def test_gmml_decodes_the_mean_of_blocks() -> None:
         torch.testing.assert_close(ours.predict(model, parts, x), parts(got, (4, 4)))
 
 
+def test_masks_of_many_pictures_follow_the_same_law() -> None:
+    masks, n = p.masks, 600
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    blocks = masks.many_blocks((8, 8), torch.full((n,), 26), torch.full((n,), 4))
+    alone = torch.stack([masks.blocks((8, 8), 26, 4) for _ in range(n)])
+    assert blocks.flatten(1).sum(1).max() == 26
+    assert (blocks.float().mean(0) - alone.float().mean(0)).abs().max() < 0.11  # each of 64 shares is known to about 0.03
+    assert not masks.many_blocks((8, 8), torch.tensor([0, 26]), torch.tensor([1, 4]))[0].any()
+    painted = masks.many_rectangles((16, 16), torch.tensor([0.3, 0.75]).repeat(n // 2), 2)
+    alone = torch.stack([masks.rectangles((16, 16), m, 2) for m in (0.3, 0.75) * (n // 2)])
+    for which in (0, 1):
+        assert (painted[which::2].float().mean(0) - alone[which::2].float().mean(0)).abs().max() < 0.16
+    assert (masks.many_aligned(9, (8, 8), 4, 0.6).flatten(1).sum(1) == 48).all()
+    with pytest.raises(vt.VitreousError, match="cannot hide"):  # rectangles of 16 do not start in the last 16 of 64 pixels
+        masks.rectangles((64, 64), 0.75, 16)
+
+
 # ---- EVA
 
 
@@ -296,6 +313,16 @@ def test_poa_teaches_its_parts() -> None:
     torch.testing.assert_close(whole(x), taught(x))
     with pytest.raises(vt.VitreousError, match="widths up to 24 in steps of 8"):
         p.extract(taught, 20, 1)
+
+
+def test_poa_without_an_elastic_student_is_dino() -> None:
+    model, x = small(), pictures(4)[0]
+    both, alone = (loss(p.POA(local=0, prototypes=(8,), smallest=n), model, x) for n in (0.5, 1.0))
+    assert both.keys() - alone.keys() == {"distil_global"}
+    intact = p.poa.Told(torch.zeros(0, 3, 8), torch.randn(2, 3, 8), torch.zeros(0, 8))
+    shares, none = torch.rand(2, 3, 8).softmax(-1), torch.zeros(0, 8)
+    twice = p.poa.terms(intact, intact, shares, none, torch.zeros(0))
+    torch.testing.assert_close(p.poa.terms(intact, None, shares, none, torch.zeros(0))["global"], twice["global"])
 
 
 def test_poa_gives_its_elastic_part_gradient() -> None:

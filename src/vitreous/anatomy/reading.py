@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
@@ -132,6 +135,17 @@ class Anatomy:
 
 
 _READ: WeakKeyDictionary[nn.Module, tuple[list[Any], Anatomy]] = WeakKeyDictionary()  # what it was read from, and the result
+_STEADY: ContextVar[WeakKeyDictionary[nn.Module, Anatomy] | None] = ContextVar("steady", default=None)
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """While open, a model is read once, whatever its weights become: for training, which changes nothing else at every step."""
+    token = _STEADY.set(WeakKeyDictionary())
+    try:
+        yield
+    finally:
+        _STEADY.reset(token)
 
 
 def read(
@@ -150,17 +164,22 @@ def read(
     Raises `VitreousError` for what is told when the model has no such layer.
 
     Trying blocks costs most of a forward pass, so a model is read again only when a module, a parameter or a plain attribute
-    of one of its modules is another than the last time.
+    of one of its modules is another than the last time; under `steady`, once.
     """
     if grid is not None or prefix is not None or classifier is not None:
         if classifier and classifier not in dict(model.named_modules()):
             raise VitreousError(f"{type(model).__name__} has no layer '{classifier}' to be its classifier")
         tell = {"grid": grid and tuple(grid), "prefix": prefix, "classifier": classifier}
         cast(Any, model)._vitreous_told = told(model) | {k: v for k, v in tell.items() if v is not None}
+    held = _STEADY.get()
+    if held is not None and grid is prefix is classifier is None and model in held:
+        return held[model]
     state = _state(model)
     known = _READ.get(model)
     if known is None or known[0] != state:
         known = _READ[model] = state, _read(model)
+    if held is not None:
+        held[model] = known[1]
     return known[1]
 
 

@@ -20,6 +20,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
+from ..anatomy import steady
 from ..data import Data
 from ..errors import VitreousError
 from ..outputs import embeds
@@ -146,7 +147,8 @@ def train(
     with (
         Run(out, model, data, objectives, settings, tensorboard)
         if out is not None and fabric.is_global_zero
-        else nullcontext() as run
+        else nullcontext() as run,
+        steady(),
     ):
         place = torch.device("cpu") if fsdp else fabric.device  # whole, it may not fit on the device
         student = copy.deepcopy(model).to(place)

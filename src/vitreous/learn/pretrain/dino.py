@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .patches import full, in_full
+
 
 class Prototypes(nn.Module):
     """Cosines to `count` prototypes, as logits: a linear layer whose rows have unit length."""
@@ -21,7 +23,7 @@ class Prototypes(nn.Module):
         nn.init.trunc_normal_(self.weight_v, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        return full(F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1)))
 
 
 class DINOHead(nn.Module):
@@ -47,7 +49,7 @@ class DINOHead(nn.Module):
         unit = F.normalize(self.mlp[1:](hidden), dim=-1)
         if not frozen:
             return self.last_layer(unit)
-        return F.linear(unit, F.normalize(self.last_layer.weight_v.detach(), dim=1))
+        return full(F.linear(unit, F.normalize(self.last_layer.weight_v.detach(), dim=1)))
 
 
 def cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
@@ -72,6 +74,7 @@ def sinkhorn(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
     return (q * q.shape[1]).T
 
 
+@in_full
 def koleo(tokens: Tensor) -> Tensor:
     """−mean log of the distance to the nearest other, of normalised `[B, C]` (Sablayrolles et al., ICLR 2019)."""
     z = F.normalize(tokens, dim=-1)

@@ -77,7 +77,7 @@ class MAE(Objective):
     def reconstruct(self, model: nn.Module, parts: nn.Module | None, images: Tensor) -> tuple[Tensor, Tensor]:
         """What is hidden, `[B, 1, H, W]`, and the picture as it is answered, in the scale of `images`."""
         s = shape(model, "MAE")
-        noise = torch.rand(len(images), s.grid[0] * s.grid[1])
+        noise = torch.rand(len(images), s.grid[0] * s.grid[1]).to(images.device)
         pixels, target = self.predict(model, parts, images, noise), patchify(images, s.patch)
         if self.normalise:
             pixels = pixels * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)

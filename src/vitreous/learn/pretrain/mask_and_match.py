@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .encode import patch_tokens, shape
+from .patches import in_full
 
 
+@in_full
 def info_nce(a: Tensor, b: Tensor, tau: float) -> Tensor:
     """Cross-entropy of matching rows `[M, D]` among all, by cosine / tau."""
     scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).mT / tau
     return F.cross_entropy(scores, torch.arange(len(a), device=a.device))
 
 
+@in_full
 def tilted(images: Tensor, most: float = 0.15) -> tuple[Tensor, Tensor]:
     """Images under a mild affine map each, and the map `[B, 2, 3]` from places in the output to the input, in [−1, 1]."""
     b = len(images)

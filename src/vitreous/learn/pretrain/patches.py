@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import VitreousError
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def full(x: Tensor) -> Tensor:
+    """Float32 of what is narrower."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def in_full(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: views, targets and losses are computed in float32 at least, whatever precision the engine runs the model in;
+    the first tensor tells the device."""
+
+    @wraps(call)
+    def precisely(*given: P.args, **named: P.kwargs) -> R:
+        wide = [full(t) if isinstance(t, Tensor) else t for t in given]
+        device = next(t.device.type for t in given if isinstance(t, Tensor))
+        with torch.autocast(device, enabled=False):
+            return call(*wide, **named)  # pyright: ignore[reportCallIssue]
+
+    return precisely
 
 
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
@@ -51,6 +74,7 @@ def over_hidden(error: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum()
 
 
+@in_full
 def blurred(x: Tensor, side: int = 9, sigma: float = 1.0) -> Tensor:
     """`[B, C, H, W]` through a Gaussian of `side` × `side` pixels, zeros beyond the border."""
     at = torch.arange(side, dtype=x.dtype, device=x.device) - (side - 1) / 2
@@ -59,6 +83,7 @@ def blurred(x: Tensor, side: int = 9, sigma: float = 1.0) -> Tensor:
     return F.conv2d(x, kernel, padding=side // 2, groups=x.shape[1])
 
 
+@in_full
 def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives along columns and rows, `[B, C, H, W]` each, by Sobel's 5 × 5; the border mirrors without its edge."""
     smooth, rise = (images.new_tensor(v) for v in ((1.0, 4, 6, 4, 1), (-1.0, -2, 0, 2, 1)))

@@ -18,7 +18,7 @@ from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .dino import DINOHead, cross_entropy, follow, koleo, rising, sinkhorn, twin, warm
 from .elastic import networks, plain, shrunk, sliced
 from .encode import at_size, called_with, hiding, shape
-from .masks import blocks
+from .masks import many_blocks
 from .views import multi_crop
 
 _TEMPLATES: WeakKeyDictionary[nn.Module, dict[tuple[int, int], VisionTransformer]] = WeakKeyDictionary()
@@ -32,21 +32,24 @@ class Told(NamedTuple):
     patches: Tensor
 
 
-def terms(intact: Told, elastic: Told, classes: Tensor, patches: Tensor, weights: Tensor, mix: float = 0.8) -> dict[str, Tensor]:
+def terms(
+    intact: Told, elastic: Told | None, classes: Tensor, patches: Tensor, weights: Tensor, mix: float = 0.8
+) -> dict[str, Tensor]:
     """What one head's answers cost: `mix` of the intact student's cross-entropy to the teacher's shares (`classes [2, B, K]`, of
     the other large view; `patches [M, K]`, each counted by `weights [M]`) and the rest of the elastic one's; and how far the
-    elastic student is from the intact one on the same view."""
+    elastic student is from the intact one on the same view. Without an elastic one, all of the intact one's."""
     found: dict[str, Tensor] = {}
-    both = (mix, intact), (1 - mix, elastic)
+    both = ((1.0, intact),) if elastic is None else ((mix, intact), (1 - mix, elastic))
     count = 2 + 2 * len(intact.local)
     found["local"] = sum(
         (w * cross_entropy(s, q).mean() / count for w, told in both for s in told.local for q in classes), classes.new_zeros(())
     )
     found["global"] = sum((w * 2 * cross_entropy(t.large, classes).mean() / count for w, t in both), classes.new_zeros(()))
     found["patches"] = sum((w * (cross_entropy(t.patches, patches) * weights).sum() for w, t in both), classes.new_zeros(()))
-    for name, ours, theirs in (("distil_local", elastic.local, intact.local), ("distil_global", elastic.large, intact.large)):
+    pairs = () if elastic is None else (("local", elastic.local, intact.local), ("global", elastic.large, intact.large))
+    for name, ours, theirs in pairs:
         if len(ours):
-            found[name] = (1 - mix) * cross_entropy(ours, (theirs.detach() / 0.1).softmax(-1)).mean()
+            found[f"distil_{name}"] = (1 - mix) * cross_entropy(ours, (theirs.detach() / 0.1).softmax(-1)).mean()
     return found
 
 
@@ -59,7 +62,7 @@ class POA(Objective):
     ones drawn more often, down to the share `smallest` of the whole. Both learn from the teacher that follows the intact one
     (classes, and with `ibot` after that many epochs hidden patches; shares by Sinkhorn and Knopp), `mix` of the loss for the
     intact one; the elastic one also learns from the intact one on the same view. KoLeo, 0.1, on both. `extract` then takes out a
-    model of any of the sizes.
+    model of any of the sizes. `smallest=1` leaves the elastic student out: DINOv2.
 
     prototypes: one head each; published 8,192 to 65,536. local: small views; published 8. Published: momentum 0.992 to 0.9999,
     layer decay 0.9, 1,200 epochs counting views. Views are drawn from the picture as the model takes it: give `augment="none"`.
@@ -117,14 +120,9 @@ class POA(Objective):
 
     def draw(self, grid: tuple[int, int], images: int) -> Tensor:
         """`[images, N]`: half of them hide 10 to 50 % in rectangles, the others nothing."""
-        n = grid[0] * grid[1]
-        masks = []
-        for i in range(images):
-            wanted = round(random.uniform(0.1, 0.5) * n) if i % 2 else 0
-            masks.append(
-                blocks(grid, wanted, min(4, max(1, wanted // 2))).flatten() if wanted else torch.zeros(n, dtype=torch.bool)
-            )
-        return torch.stack([masks[i] for i in torch.randperm(images)])
+        wanted = (torch.empty(images).uniform_(0.1, 0.5) * grid[0] * grid[1]).round().long()
+        wanted[torch.randperm(images)[: (images + 1) // 2]] = 0
+        return many_blocks(grid, wanted, (wanted // 2).clamp(1, 4)).flatten(1)
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         parts: Any = now.parts
@@ -132,9 +130,9 @@ class POA(Objective):
         views = multi_crop(model, images, self.local, "POA")
         prefix = plain(model).num_prefix_tokens
         b, large = len(images), torch.cat(views[:2])
-        mask = self.draw(shape(model, "POA").grid, 2 * b).to(images.device)
-        if now.epoch < self.ibot:
-            mask = torch.zeros_like(mask)
+        grid = shape(model, "POA").grid
+        mask = torch.zeros(2 * b, grid[0] * grid[1], dtype=torch.bool)
+        mask = (self.draw(grid, 2 * b) if now.epoch >= self.ibot else mask).to(images.device)
         weights = (1 / mask.sum(1).clamp_min(1))[:, None].expand_as(mask)[mask] / len(mask)
         temperature = warm(0.04, 0.07, now.epoch, 30)
         with torch.no_grad():
@@ -146,18 +144,19 @@ class POA(Objective):
                 patches = sinkhorn(head(hidden), temperature) if len(hidden) else head(hidden)
                 shares.append((sinkhorn(head(swapped), temperature).unflatten(0, (2, b)), patches))
         students = []
-        for size in (None, random.choice(self.sizes(model))):
+        drawn = [random.choice(self.sizes(model))] if self.smallest < 1 else []
+        for size in (None, *drawn):
             whole = self.tokens(model, large, size, mask if mask.any() else None, parts.mask_token)
             small = [self.tokens(model, v, size, None, parts.mask_token)[:, 0] for v in views[2:]]
             students.append((whole[:, 0], small, whole[:, prefix:][mask]))
         total: dict[str, Tensor] = {}
         for head, (classes, patches) in zip(parts["heads"], shares, strict=True):
             told = [self.told(head, cls, small, hid, b, now.epoch < 1) for cls, small, hid in students]
-            for name, term in terms(told[0], told[1], classes, patches, weights, self.mix).items():
+            for name, term in terms(told[0], told[1] if drawn else None, classes, patches, weights, self.mix).items():
                 total[name] = total.get(name, term.new_zeros(())) + term / len(self.prototypes)
         if b > 1:
             crops: Sequence[Tensor] = [c for s in students for c in s[0].unflatten(0, (2, b))]
-            total["koleo"] = 0.1 * torch.stack([koleo(c) for c in crops]).sum() / 2
+            total["koleo"] = 0.1 * torch.stack([koleo(c) for c in crops]).sum() / len(students)
         return total
 
     def told(self, head: Any, cls: Tensor, small: Sequence[Tensor], hidden: Tensor, b: int, frozen: bool) -> Told:

@@ -41,7 +41,7 @@ def features(
     model.eval()
     found: list[Tensor] = []
     labels: list[Any] = []
-    for x, y in in_turn(data):
+    for x, y in in_turn(data, size_on(device)):
         x = x.to(device)
         if block is not None:
             out = look(model, x, (), (block,)).blocks[block][:, read(model).prefix :].flatten(1, -2).mean(1)
@@ -116,6 +116,7 @@ def linear(train: Tensor, labels: Tensor, test: Tensor, classes: int, epochs: in
     x, layer = (train - mean) / std, nn.Linear(train.shape[1], classes)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
+    layer.to(train.device)
     batch = min(len(x), 4096)
     rate = max(0.1 * batch / 256, 0.1)
     opt = create_optimizer_v2(layer, opt="lars", lr=rate, weight_decay=0.0, momentum=0.9)
@@ -184,11 +185,13 @@ def probe(
         raise VitreousError("these pictures have no labels to measure by: give a folder of class folders")
     classes = y.shape[1] if y.ndim == 2 else int(max(y.max(), truth.max())) + 1
     found: dict[str, float] = {}
+    device = next(model.parameters()).device
+    held = ours.to(device), y.to(device), theirs.to(device)
     if "knn" in protocols and y.ndim == 1:
-        found |= {f"knn_{k}": judged(knn(ours, y, theirs, classes, k), truth, "a")["a"] for k in KS}
+        found |= {f"knn_{k}": judged(knn(*held, classes, k).cpu(), truth, "a")["a"] for k in KS}
         found["knn"] = max(found.values())
     if "linear" in protocols:
-        found |= judged(linear(ours, y, theirs, classes, seed=seed), truth, "linear")
+        found |= judged(linear(*held, classes, seed=seed).cpu(), truth, "linear")
     if "finetune" in protocols:
         student: Any = copy.deepcopy(model)
         if not hasattr(student, "reset_classifier"):
@@ -197,12 +200,14 @@ def probe(
         student.reset_classifier(classes)
         learns = CrossEntropy() if y.ndim == 1 else BinaryCrossEntropy()
         settings: dict[str, Any] = dict(epochs=epochs, batch=min(batch, len(y)), augment=augment, seed=seed, progress=progress)
-        tuned = train(student, data, learns, AdamW(lr=lr, layer_decay=layer_decay), accelerator=ours_device(model), **settings)
+        tuned = train(student, data, learns, AdamW(lr=lr, layer_decay=layer_decay), accelerator=device.type, **settings)
+        tuned.to(device)
         with torch.inference_mode():
-            scores = torch.cat([look(tuned, x).logits for x, _ in in_turn(check)])
+            scores = torch.cat([look(tuned, x.to(device)).logits.cpu() for x, _ in in_turn(check, size_on(device))])
         found |= judged(scores, truth, "finetune")
     return found | {"rankme": rank_me(theirs), "spread": spread(theirs)}
 
 
-def ours_device(model: nn.Module) -> str:
-    return next(model.parameters()).device.type
+def size_on(device: torch.device) -> int:
+    """Pictures at once: on a GPU as many as keep it busy."""
+    return 64 if device.type == "cpu" else 512

@@ -51,7 +51,8 @@ class Aggregate(nn.Module):
             near = tokens[:, neighbours(grid).to(tokens.device)]  # [B, N, 8, C]
             alike = F.cosine_similarity(near, tokens[:, :, None], dim=-1).topk(k, -1).indices
             near = near.gather(2, alike[..., None].expand(-1, -1, -1, c))
-            patches = self.gathered(near.view(b * n, k, c)).view(b, n, c)
+            rows = near.view(b * n, k, c).split(2**15)  # of more at once a GPU's kernels of attention cannot be launched
+            patches = torch.cat([self.gathered(r) for r in rows]).view(b, n, c)
         return self.norm(torch.cat([cls, patches], 1))
 
 

@@ -52,8 +52,9 @@ def from_centre(attention: Tensor, grid: tuple[int, int]) -> Tensor:
 class QueryStream(nn.Module):
     """Queries that begin as places alone and look at what has been seen, after each of some blocks of the encoder."""
 
-    def __init__(self, width: int, heads: int, depth: int, values: int) -> None:
+    def __init__(self, width: int, heads: int, depth: int, values: int, grid: tuple[int, int]) -> None:
         super().__init__()
+        self.register_buffer("table", sine_cosine(width, grid), persistent=False)
         self.query_blocks = nn.ModuleList(CrossBlock(width, heads) for _ in range(depth))
         self.prediction_head = Mlp(width, 4 * width, values)
 
@@ -112,7 +113,7 @@ class SemAIM(Objective):
         if not 1 <= (depth := self.depth or len(anatomy.blocks)) <= len(anatomy.blocks):
             raise VitreousError(f"SemAIM: the encoder has {len(anatomy.blocks)} blocks, there cannot be {depth} query blocks")
         heads = anatomy.blocks[0].attention.heads or 1
-        return QueryStream(s.width, heads, depth, s.patch[0] * s.patch[1] * s.channels)
+        return QueryStream(s.width, heads, depth, s.patch[0] * s.patch[1] * s.channels, s.grid)
 
     @torch.no_grad()
     def rank(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -136,13 +137,13 @@ class SemAIM(Objective):
     def predict(self, model: nn.Module, parts: nn.Module, images: Tensor, rank: Tensor) -> Tensor:
         """`[B, 1 + N, values]`, each place from those of lower rank; the first is the class token's."""
         assert isinstance(parts, QueryStream)
-        s, depth = shape(model, "SemAIM"), len(read(model).blocks)
+        depth = len(read(model).blocks)
         content, query = streams(rank)
         step = depth // len(parts.query_blocks)
         after = [step * (j + 1) - 1 for j in range(len(parts.query_blocks))]
         with masked_attention(model, content):
             seen = look(model, images, (), after).blocks
-        g = sine_cosine(s.width, s.grid).to(images).expand(len(images), -1, -1)
+        g = parts.table.to(images.dtype).expand(len(images), -1, -1)
         for i, block in zip(after, parts.query_blocks, strict=True):
             g = block(g, seen[i], query)
         norm: Any = model.get_submodule(final(model))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .encode import hiding, patch_tokens, shape
-from .masks import aligned
+from .masks import many_aligned
 
 
 class PixelDecoder(nn.Module):
@@ -79,7 +79,7 @@ class SimMIM(Objective):
             cell = side if any(n * side % cell for n in s.grid) else cell
         if cell % side:
             raise VitreousError(f"SimMIM: squares of {cell} pixels are no multiple of the patch, {side} pixels")
-        return torch.stack([aligned(s.grid, cell // side, self.mask) for _ in range(images)])
+        return many_aligned(images, s.grid, cell // side, self.mask)
 
     def predict(self, model: nn.Module, parts: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
         """The picture `[B, C, H, W]` as it is answered, of those under a mask `[B, h, w]`."""
@@ -97,6 +97,6 @@ class SimMIM(Objective):
     def reconstruct(self, model: nn.Module, parts: nn.Module | None, images: Tensor) -> tuple[Tensor, Tensor]:
         """What is hidden, `[B, 1, H, W]`, and the picture as it is answered."""
         assert parts is not None
-        mask, side = self.draw(model, len(images)), shape(model, "SimMIM").patch[0]
+        mask, side = self.draw(model, len(images)).to(images.device), shape(model, "SimMIM").patch[0]
         cover = mask.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
-        return cover, self.predict(model, parts, images, mask.to(images.device))
+        return cover, self.predict(model, parts, images, mask)

@@ -19,6 +19,7 @@ from ...steps import history_of, remember
 from ..objective import Batch, Now, Objective, Seen, final, objective, positive, share
 from .dino import follow, rising, twin
 from .encode import shape
+from .patches import in_full
 from .views import cropped
 
 
@@ -66,6 +67,7 @@ def alike(labels: Tensor) -> Tensor:
     return (unit @ unit.mT).fill_diagonal_(1.0)
 
 
+@in_full
 def soft_contrast(query: Tensor, key: Tensor, labels: Tensor, tau: float, mix: float, sharpness: Tensor) -> tuple[Tensor, Tensor]:
     """InfoNCE of `[B, D]` rows, (1 − mix) of it; and mix · binary cross-entropy of their scaled cosines to those of the labels,
     rows without a label left out."""

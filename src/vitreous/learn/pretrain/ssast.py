@@ -14,7 +14,7 @@ from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, share
 from .encode import hiding, patch_tokens, shape
 from .masks import clusters, some
-from .patches import patchify
+from .patches import in_full, patchify
 
 
 class Heads(nn.Module):
@@ -29,6 +29,7 @@ class Heads(nn.Module):
         )
 
 
+@in_full
 def info_nce(targets: Tensor, predictions: Tensor, over: str = "targets") -> Tensor:
     """−mean log softmax of the matching pairs of `[B, n, D]` each, within one clip: among the `targets` of a prediction, as the
     paper's eq. 1 has it, or among the "predictions" for a target, as the released code."""

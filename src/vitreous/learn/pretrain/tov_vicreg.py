@@ -15,11 +15,13 @@ from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, pooled, positive
 from .beside import array_of, rows_of
 from .encode import at_size, shape
+from .patches import in_full
 from .views import coloured, cropped
 
 ORDERS = tuple(permutations(range(3)))
 
 
+@in_full
 def vicreg(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Invariance, variance and covariance of two views `[B, D]` (Bardes, Ponce, LeCun, "VICReg", ICLR 2022, eqs. 1 to 4): the
     variance term halved for each view, the covariance terms added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,6 +64,7 @@ class VideoViT(nn.Module):
         self.patch_embed = TubeEmbed(size, cube, channels, width)
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.register_buffer("table", sinusoid(math.prod(self.patch_embed.grid), width), persistent=False)
         self.num_features, self.embed_dim = width, width
         self.reset_classifier(num_classes)
         self.apply(_xavier)
@@ -74,7 +76,7 @@ class VideoViT(nn.Module):
     def tokens(self, x: Tensor, shown: Tensor | None = None) -> Tensor:
         """`[B, N, width]` after the final norm; of the places `shown [B, k]` alone."""
         x = self.patch_embed(x)
-        x = x + sinusoid(x.shape[1], x.shape[2]).to(x)
+        x = x + self.table.to(x.dtype)
         if shown is not None:
             x = x.gather(1, shown[:, :, None].expand(-1, -1, x.shape[2]))
         for block in self.blocks:
@@ -101,21 +103,22 @@ def _xavier(m: nn.Module) -> None:
 class ClipDecoder(nn.Module):
     """Sees the encoder's tokens and a mask token at each place that it answers for; it never puts them in order."""
 
-    def __init__(self, inputs: int, width: int, depth: int, heads: int, values: int) -> None:
+    def __init__(self, inputs: int, places: int, width: int, depth: int, heads: int, values: int) -> None:
         super().__init__()
         if width % heads or width % 2:
             raise VitreousError(f"a decoder of width {width} cannot have {heads} heads: both they and 2 must divide it")
         self.encoder_to_decoder = nn.Linear(inputs, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("table", sinusoid(places, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, values)
         self.apply(_xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, tokens: Tensor, shown: Tensor, asked: Tensor, places: int) -> Tensor:
+    def forward(self, tokens: Tensor, shown: Tensor, asked: Tensor) -> Tensor:
         """`[B, a, values]` at the places `asked [B, a]`, of tokens at `shown [B, k]`."""
         x = self.encoder_to_decoder(tokens)
-        table = sinusoid(places, x.shape[2]).to(x)[0]
+        table = self.table.to(x.dtype)[0]
         x = torch.cat([x + table[shown], self.mask_token + table[asked]], 1)
         for block in self.blocks:
             x = block(x)
@@ -154,7 +157,7 @@ class VideoMAEv2(Objective):
         embed = _clips(model)
         self.draw(embed, 1)
         values = embed.cube[0] * embed.cube[1] * embed.cube[2] * embed.proj.in_channels
-        return ClipDecoder(embed.proj.out_channels, self.width, self.depth, self.heads, values)
+        return ClipDecoder(embed.proj.out_channels, math.prod(embed.grid), self.width, self.depth, self.heads, values)
 
     def draw(self, embed: TubeEmbed, clips: int) -> tuple[Tensor, Tensor]:
         """What is hidden of the encoder and what is decoded, `[B, N]` each."""
@@ -168,7 +171,7 @@ class VideoMAEv2(Objective):
         """`[B, a, values]` of the places that `asked [B, N]` marks."""
         assert isinstance(model, VideoViT) and isinstance(parts, ClipDecoder)
         shown, where = ((m.nonzero()[:, 1].view(len(x), -1)) for m in (~hidden, asked))
-        return parts(model.tokens(x, shown), shown, where, hidden.shape[1])
+        return parts(model.tokens(x, shown), shown, where)
 
     def target(self, model: nn.Module, x: Tensor) -> Tensor:
         """`[B, N, values]`."""

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ...data.transform import preparation
 from ...errors import VitreousError
 from .encode import shape
+from .patches import in_full
 
 GREY = (0.299, 0.587, 0.114)
 
 
+@in_full
 def cropped(images: Tensor, side: tuple[int, int], share: tuple[float, float]) -> Tensor:
     """`[B, C, *side]`: of each image a part of that share, of an aspect from ¾ to 4⁄3, perhaps mirrored; bilinear."""
     b = len(images)
@@ -30,6 +32,7 @@ def cropped(images: Tensor, side: tuple[int, int], share: tuple[float, float]) -
     return F.grid_sample(images, grid, align_corners=False, padding_mode="border")
 
 
+@in_full
 def coloured(
     images: Tensor, mean: Tensor, std: Tensor, strength: float, blur: float, solarise: float, grey: float = 0.2
 ) -> Tensor:
