@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...errors import VitreousError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def full(x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def in_full(call: Callable[P, R]) -> Callable[P, R]:
         wide = [full(t) if isinstance(t, Tensor) else t for t in given]
         device = next(t.device.type for t in given if isinstance(t, Tensor))
         with torch.autocast(device, enabled=False):
-            return call(*wide, **named)  # pyright: ignore[reportCallIssue]
+            return cast(Any, call)(*wide, **named)
 
     return precisely
 

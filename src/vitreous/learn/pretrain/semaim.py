@@ -52,6 +52,8 @@ def from_centre(attention: Tensor, grid: tuple[int, int]) -> Tensor:
 class QueryStream(nn.Module):
     """Queries that begin as places alone and look at what has been seen, after each of some blocks of the encoder."""
 
+    table: Tensor
+
     def __init__(self, width: int, heads: int, depth: int, values: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.register_buffer("table", sine_cosine(width, grid), persistent=False)

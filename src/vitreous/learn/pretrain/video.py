@@ -50,6 +50,8 @@ class VideoViT(nn.Module):
     Called with clips `[B, channels, *size]` it gives the mean of their tokens `[B, width]`, through a head where `num_classes`.
     """
 
+    table: Tensor
+
     def __init__(
         self,
         size: tuple[int, int, int] = (16, 224, 224),
@@ -102,6 +104,8 @@ def _xavier(m: nn.Module) -> None:
 
 class ClipDecoder(nn.Module):
     """Sees the encoder's tokens and a mask token at each place that it answers for; it never puts them in order."""
+
+    table: Tensor
 
     def __init__(self, inputs: int, places: int, width: int, depth: int, heads: int, values: int) -> None:
         super().__init__()
