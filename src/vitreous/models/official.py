@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from ..errors import VitreousError, nearest
+from .undrawn import Undrawn
 
 Build = Callable[..., nn.Module]
 Convert = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -166,11 +167,13 @@ def load_official(variant: str, state: Mapping[str, Tensor], **kwargs: Any) -> n
     reasons = []
     for name in found:
         build, convert = _published[name]
-        model = build(**kwargs)
+        with Undrawn():
+            model = build(**kwargs)
         try:
             ours = convert(dict(state))
             if "num_classes" not in kwargs:
-                take_classes(model, ours)
+                with Undrawn():
+                    take_classes(model, ours)
             model.load_state_dict(ours, strict=True)
         except (RuntimeError, KeyError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -189,9 +192,10 @@ def _unnamed(
 ) -> nn.Module:
     try:
         ours = convert(dict(state))
-        model = build(**{**told(ours), **kwargs})
-        if "num_classes" not in kwargs:
-            take_classes(model, ours)
+        with Undrawn():
+            model = build(**{**told(ours), **kwargs})
+            if "num_classes" not in kwargs:
+                take_classes(model, ours)
         model.load_state_dict(ours, strict=True)
     except (RuntimeError, KeyError, ValueError, IndexError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
