@@ -126,7 +126,16 @@ def _teach(model: nn.Module, epochs: float, lr: float, seed: int, teacher: nn.Mo
     if a.device == "cuda":
         looks = {"tokens.TokenSlimming", "tokens.MCTF", "tokens.Sparsifiner"}
         compiled = not looks & {s.name for s in history_of(model).steps()}
-        given |= dict(accelerator="cuda", precision="bf16-mixed", compiled=compiled)
+        given |= dict(accelerator="cuda", precision="bf16-mixed")
+        if compiled:
+            try:
+                return _taught(model, teacher, given | {"compiled": True})
+            except Exception:
+                print(f"not compiled: {traceback.format_exc()[-1500:]}", flush=True)
+    return _taught(model, teacher, given)
+
+
+def _taught(model: nn.Module, teacher: nn.Module | None, given: dict[str, Any]) -> nn.Module:
     return vt.train(model, _held["train"], **given) if teacher is None else vt.heal(model, teacher, _held["train"], **given)
 
 
