@@ -143,7 +143,7 @@ class Bench:
         """Seconds that a step of `run(epochs=, progress=)` takes alone, and the most memory it holds, MiB; of all seeds once."""
         held = json.loads(self.paces.read_text()) if self.paces.exists() else {}
         if name not in held:
-            self.stopped(run, 3, 0.0)
+            self.stopped(run, 3, 0.0, self.passed)  # what is loaded or compiled once
             with self.locked(fcntl.LOCK_EX):
                 if cuda := self.a.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -154,11 +154,14 @@ class Bench:
                 written(self.paces, held)
         return held[name]
 
-    def stopped(self, run: Callable[..., Any], steps: int, seconds: float) -> list[float]:
+    def stopped(
+        self, run: Callable[..., Any], steps: int, seconds: float, then: Callable[[], None] = lambda: None
+    ) -> list[float]:
         """When each step of a run ended that is stopped after so many, and so long."""
         at: list[float] = []
 
         def tick(*_: Any) -> None:
+            then()
             at.append(self.now())
             if len(at) >= steps and at[-1] - at[0] >= seconds:
                 raise TimeIsUp
