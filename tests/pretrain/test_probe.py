@@ -136,7 +136,9 @@ def test_reconstructions_are_seen(method, photos, tmp_path, monkeypatch, capsys)
     status, out, err = command(monkeypatch, capsys, "see", str(picture), str(run), "--reconstruct")
     assert status == 0, err
     drawn = Image.open(tmp_path / "p.reconstructed.png")
-    assert "reconstructed written" in out and drawn.width > 2.9 * drawn.height
+    assert "reconstructed written" in out and drawn.width > 4.9 * drawn.height and "attention before" in out
+    first = vt.load(run / "first.safetensors")  # as it was drawn from its seed
+    assert not torch.equal(first.norm.bias, vt.load(run / "last.safetensors").norm.bias) and not first.norm.bias.any()
     status, _, err = command(monkeypatch, capsys, "see", str(picture), str(tmp_path), "--reconstruct", "--overwrite")
     assert status == 2 and "holds no run" in err
 

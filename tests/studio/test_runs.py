@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 import vitreous as vt
+from vitreous.data.transform import preparation
+from vitreous.studio.opened import Source
+from vitreous.studio.run_view import run_of, shown_by
 from vitreous.studio.runs_view import curves, find_runs
 
 NOW = 1e9
@@ -51,3 +58,22 @@ def test_a_run_of_the_engine_is_found_and_opens(tmp_path: Path) -> None:
     assert found.done and found.epochs == 2 and [r["epoch"] for r in found.rows] == [1, 2]
     assert found.weights is not None and found.weights.name == "best.safetensors"
     vt.load(found.weights)
+
+
+def test_a_pretraining_run_shows_what_it_made_of_its_encoder(tmp_path: Path) -> None:
+    model = vt.open("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    x = torch.randn(8, 3, 16, 16)
+    given: dict[str, Any] = dict(epochs=1, batch=8, augment=None, out=tmp_path / "run")
+    taught = vt.pretrain(model, (x, None), "MAE(width=16, depth=1, heads=2)", **given)
+    (found,) = find_runs(tmp_path)
+    assert found.weights == tmp_path / "run" / "model.safetensors"
+    opened: Any = SimpleNamespace(source=Source(str(found.weights)))
+    run, config = run_of(opened), preparation(taught).config
+    assert run == tmp_path / "run"
+    picture = Image.new("RGB", (16, 16))
+    first, again, other = (shown_by(taught, run, picture, x[:1], config, seed) for seed in (0, 0, 1))
+    assert list(first.pictures) == ["picture", "hidden", "answered", "attention before", "attention after"] and not first.said
+    hidden = [np.asarray(shown.pictures["hidden"][0]) for shown in (first, again, other)]
+    assert (hidden[0] == hidden[1]).all() and (hidden[0] != hidden[2]).any()
+    maps = [shown for _, shown in first.pictures.values() if shown is not None]
+    assert [m.shape for m in maps] == [(4, 4)] * 2 and first.top == max(m.max() for m in maps)

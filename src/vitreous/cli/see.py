@@ -24,7 +24,8 @@ def see(
     tokens: Annotated[bool, typer.Option(help="draw which tokens survive each reduction instead")] = False,
     tree: Annotated[bool, typer.Option(help="draw the dependency tree of a dependencyvit instead")] = False,
     reconstruct: Annotated[
-        bool, typer.Option(help="MODEL is the folder of a pretraining run: draw what it hides and how it answers")
+        bool,
+        typer.Option(help="MODEL is a pretraining run's folder: draw what it hides, how it answers, attention before and after"),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="PNG to write; beside the picture by default")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the PNG if it exists")] = False,
@@ -41,11 +42,11 @@ def see(
     from ..data.transform import preparation
     from ..errors import VitreousError, nearest
     from ..files import writable, write_whole
-    from ..learn.pretrain.reconstruct import opened
+    from ..learn.pretrain.reconstruct import before, opened, pixels
     from ..learn.pretrain.reconstruct import reconstruct as answers
     from ..models.dependencyvit import dependency_tree
     from ..outputs import answer, embeds
-    from ..prove.drawing import enlarge, overlay, survival
+    from ..prove.drawing import answered, enlarge, overlay, survival
     from ..see.methods import CLASSLESS
     from ..see.patches import refuse_vast
     from ..see.tree import draw_tree
@@ -81,8 +82,9 @@ def see(
             raise VitreousError("this model drops and merges no tokens: slim it with a token step first")
         panels += [survival(shown, groups[0]) for _, groups in maps]
     elif reconstruct and model is not None:
-        hidden, answered = answers(model, x)
-        panels += [enlarge(p) for p in told(shown, hidden[0], answered[0], prepared.config)]
+        hidden, made = answers(model, x)
+        panels += [enlarge(p) for p in answered(shown, hidden[0, 0].cpu().numpy(), pixels(made[0], prepared.config))]
+        panels += [overlay(shown, *m) for m in turned(x, before(model), net)]
     elif tree:
         parents = dependency_tree(net, x)[0]
         panels = [p.resize((2 * p.width, 2 * p.height), Image.Resampling.BICUBIC) for p in panels]  # room for the lines
@@ -105,22 +107,27 @@ def see(
     if logits.ndim == 2 and not embeds(net, x):
         print(_said(net, logits[0], multi_label))
     print(f"{drawn} written to {file}")
+    if reconstruct:
+        last = ", attention before pretraining, and after" if len(panels) > 3 else ""
+        print(f"from left to right: the picture, what is hidden of it, how it is answered{last}")
     if not tokens and not tree and not reconstruct and (failed := room.warning(method)):
         print(f"caution: {failed}", file=sys.stderr)
 
 
-def told(shown: Any, hidden: Any, answered: Any, config: Any) -> list[Any]:
-    """A picture with what is hidden greyed, and the answer in its place: `hidden [1, H, W]`, `answered [C, H, W]`, normalised."""
-    import numpy as np
-    import torch
-    from PIL import Image
+def turned(x: Any, before: Any, after: Any) -> list[Any]:
+    """Rollout of an encoder before and after pretraining, each with the scale of both; none where there is nothing to compare."""
+    from ..errors import VitreousError
+    from ..see import METHODS
 
-    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
-    pixels = ((answered.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    seen, cover = np.asarray(shown.convert("RGB")), hidden[0].cpu().numpy()[..., None]
-    pixels = pixels if pixels.shape[2] == 3 else pixels.repeat(3, 2)
-    masked, made = np.where(cover, np.uint8(128), seen), np.where(cover, pixels, seen)
-    return [Image.fromarray(a.astype(np.uint8)) for a in (masked, made)]
+    if before is None:
+        print("attention before and after: this run kept no encoder from before it", file=sys.stderr)
+        return []
+    try:
+        maps = [METHODS["rollout"](net, x)[0].cpu().numpy() for net in (before, after)]
+    except VitreousError as reason:
+        print(f"attention before and after: {reason}", file=sys.stderr)
+        return []
+    return [(m, (0.0, max(float(m.max()) for m in maps))) for m in maps]
 
 
 def _said(net: Any, logits: Any, multi_label: bool) -> str:

@@ -75,6 +75,13 @@ def survival(image: Image.Image, groups: np.ndarray) -> Image.Image:
     return Image.fromarray(drawn.astype(np.uint8))
 
 
+def answered(image: Image.Image, hidden: np.ndarray, pixels: np.ndarray) -> tuple[Image.Image, Image.Image]:
+    """`image` with the pixels that are `hidden` `[H, W]` greyed, and with `pixels` `[H, W, 3]` in their place."""
+    seen, cover = np.asarray(image.convert("RGB")), hidden[..., None]
+    masked, made = np.where(cover, np.uint8(128), seen), np.where(cover, pixels, seen)
+    return Image.fromarray(masked.astype(np.uint8)), Image.fromarray(made.astype(np.uint8))
+
+
 def tokens_left(groups: np.ndarray) -> int:
     """How many tokens the patches of `groups` `[h, w]` still make."""
     return len(np.unique(groups[groups >= 0]))

@@ -18,10 +18,13 @@ def patch_at(x: float, y: float, size: tuple[int, int], grid: tuple[int, int]) -
     return row * grid[1] + column
 
 
-def heat(values: np.ndarray, size: tuple[int, int], patch: int | None = None, strength: float = 1.0) -> str:
-    """`values` `[h, w]` as SVG to lie over a picture `size`: the darker, the less; the asked `patch` is outlined."""
+def heat(
+    values: np.ndarray, size: tuple[int, int], patch: int | None = None, strength: float = 1.0, top: float | None = None
+) -> str:
+    """`values` `[h, w]` as SVG to lie over a picture `size`: the darker, the less, `top` (their greatest) the brightest; the
+    asked `patch` is outlined."""
     h, w = values.shape
-    level = np.clip(values / max(float(values.max()), 1e-12), 0, 1)
+    level = np.clip(values / max(float(values.max()) if top is None else top, 1e-12), 0, 1)
     rgba = np.dstack([colours()[(level * 255).astype(int)], 255 * strength * (0.45 + 0.4 * level)]).astype(np.uint8)
     width, height = size
     parts = [

@@ -16,6 +16,7 @@ from ..prove.drawing import data_uri, enlarge, survival, tokens_left
 from ..prove.drift import total_variation
 from .drawing import Sheet, heat, patch_at, whole_svg
 from .parts import attributes, exports, guarded, heading, take_files, thumb_button
+from .run_view import RunView
 from .session import MAX_BYTES, Session
 
 SHOWN = 24  # pictures of the data on one page of the strip
@@ -32,11 +33,12 @@ def image_view(session: Session) -> None:
             sheet = _Sheet(session)
     with ui.column().classes("studio-card gap-3 w-full"):
         explanations = _Explanations(session)
+    run = RunView(session)
     models = _Models(session)
 
     async def refresh() -> None:
         if session.state.view == "image":
-            for part in (main, sheet, strip, models, explanations):  # what was asked for first, what takes long last
+            for part in (main, sheet, strip, run, models, explanations):  # what was asked for first, what takes long last
                 await part.refresh()
 
     session.listeners.append(guarded(refresh))

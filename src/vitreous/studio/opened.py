@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from .lane import Lane
 
 HELD = 2**28  # bytes of attention that are kept of an image; of larger models one layer at a time
 IMAGES = 256  # of the data, on which heads are removed
+T = TypeVar("T")
 QUICK = ("attention", "rollout")  # explanations that a click may wait for
 
 
@@ -100,6 +102,10 @@ class Opened:
 
     async def survival(self, x: Tensor) -> list[tuple[str, np.ndarray]]:
         return [(layer, groups[0]) for layer, groups in await self._quick.run(see.survival, self.net, x)]
+
+    async def slowly(self, function: Callable[..., T], *arguments: object) -> T:
+        """What `function(net, *arguments)` returns of the copy for slow questions."""
+        return await self._slow.run(function, self._copy, *arguments)
 
     def prepared(self, picture: Image.Image) -> tuple[Image.Image, Tensor]:
         """A picture as people see it, cut as the model sees it; and as the model reads it, `[1, C, H, W]`."""

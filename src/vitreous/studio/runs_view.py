@@ -27,7 +27,7 @@ EVERY = 5.0  # seconds between two looks at the folder
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What `vitreous train --out` wrote so far: a row an epoch, and the best weights where there are some."""
+    """What `vitreous train` or `pretrain --out` wrote so far: a row an epoch, and the best weights, of an encoder the last."""
 
     name: str
     epochs: float | None
@@ -66,7 +66,7 @@ def _read(home: Path, folder: Path) -> TrainingRun:
     except (OSError, ValueError, csv.Error):
         changed = home.stat().st_mtime
     whole = home / "model.safetensors"
-    weights = next((p for p in (home / "best.safetensors", whole) if p.is_file()), None)
+    weights = next((p for p in (home / "best.safetensors", whole, home / "last.safetensors") if p.is_file()), None)
     name = str(home.relative_to(folder)) if home != folder else folder.name
     return TrainingRun(name, epochs, [r for r in rows if "epoch" in r], weights, whole.is_file(), changed)
 

@@ -1,4 +1,4 @@
-"""Pictures as a pretraining run answers them: what is hidden, and what it makes of the rest."""
+"""Pictures as a pretraining run answers them: what is hidden, what it makes of the rest, and the encoder before and after."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import VitreousError
 from ...store import load
 from .. import written
+from .run import FIRST
 
 
 def reconstruct(run: str | Path, images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -39,9 +41,28 @@ def opened(run: str | Path) -> tuple[nn.Module, Any, nn.Module | None]:
     method: Any = written.objectives(text)[0]
     if not hasattr(method, "reconstruct"):
         raise VitreousError(f"{type(method).__name__} answers with no picture: there is nothing to reconstruct")
-    model = load(folder / "model.safetensors" if (folder / "model.safetensors").exists() else folder / "last.safetensors")
+    model = after(folder)
     parts = method.parts(model)
     if parts is not None:
         parts.load_state_dict({k.removeprefix("parts.0."): v for k, v in state.items() if k.startswith("parts.0.")})
         parts.eval()
     return model, method, parts
+
+
+def after(run: str | Path) -> nn.Module:
+    """The encoder of a run: the finished one, else that of its last epoch."""
+    whole = Path(run) / "model.safetensors"
+    return load(whole if whole.exists() else whole.with_name("last.safetensors"))
+
+
+def before(run: str | Path) -> nn.Module | None:
+    """The encoder as it was before the run; None where the run has not kept it."""
+    path = Path(run) / FIRST
+    return load(path) if path.exists() else None
+
+
+def pixels(answer: Tensor, config: Any) -> np.ndarray:
+    """`[H, W, 3]` of 0 to 255, of a picture `[C, H, W]` as a model of this `Preparation.config` takes it."""
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ("mean", "std"))
+    shown = ((answer.cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return shown if shown.shape[2] == 3 else shown.repeat(3, 2)

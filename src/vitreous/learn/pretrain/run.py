@@ -23,6 +23,7 @@ from ..objective import Batch, Now, Objective, Seen
 from ..optimisers import AdamW, Optimiser
 from .probe import collapsed, features
 
+FIRST = "first.safetensors"
 LOOKED_AT = 256  # pictures by which a collapse is noticed
 
 
@@ -45,12 +46,14 @@ class Crop:
 
 @dataclass(frozen=True)
 class Watch(Objective):
-    """Has no loss: after every epoch it keeps the encoder as it is, and says when it has collapsed."""
+    """Has no loss: after every epoch it keeps the encoder as it is, and says when it has collapsed. `first`: the encoder before
+    the run, in a tuple, as a module alone is taken for a teacher."""
 
     wants = ()
     sample: Pair | Data
     say: Callable[[str], None]
     folder: Path | None = None
+    first: tuple[nn.Module, ...] = ()
     seen: dict[str, int] = field(default_factory=lambda: {"epoch": 0})
 
     def __str__(self) -> str:
@@ -66,6 +69,8 @@ class Watch(Objective):
 
     def look(self, model: nn.Module, when: str = "") -> None:
         if self.folder is not None and self.folder.is_dir():
+            for was in () if (self.folder / FIRST).exists() else self.first:
+                save_model(was, self.folder / FIRST)
             save_model(model, self.folder / "last.safetensors")
         if (said := collapsed(features(model, self.sample)[0])) is not None:
             self.say(when + said)
@@ -90,7 +95,8 @@ def pretrain(
     method: an objective, or its text, as "SimMIM(mask=0.6)". optimiser: AdamW (0.9, 0.95) at 1.5 · 10⁻⁴ · batch / 256 when
     None. augment: "crop" is a crop of the share that the method's paper takes, mirrored or not (what is no picture stays as
     it is); else as `vt.train`, which takes the other settings too. out: folder of the run; beside what `train` writes it
-    holds `last.safetensors`, the encoder after each epoch. say: told where the encoder has collapsed.
+    holds `last.safetensors`, the encoder after each epoch, and `first.safetensors`, as it was before. say: told where the
+    encoder has collapsed.
 
     Raises `VitreousError` as `train` does.
     """
@@ -104,7 +110,7 @@ def pretrain(
     _fits(model, data.tensor([0]) if isinstance(data, Data) else data[0][:1])
     folder = None if out is None else Path(out)
     some = data.part(range(min(len(data), LOOKED_AT))) if isinstance(data, Data) else (data[0][:LOOKED_AT], None)
-    watch = Watch(some, say, folder)
+    watch = Watch(some, say, folder, (model,))
     encoder = train(model, data, [*made, watch], optimiser, epochs=epochs, batch=batch, augment=augment, out=out, **settings)
     watch.look(encoder)
     return encoder
