@@ -433,6 +433,8 @@ def test_tov_vicreg_from_frames(tmp_path) -> None:
         loss(p.TOVVICReg(), small(), frames)
     with pytest.raises(vt.VitreousError, match="that can be read"):
         loss(p.TOVVICReg(frames=str(tmp_path / "none.npy")), small(), frames)
+    with pytest.raises(vt.VitreousError, match="must be the same"):
+        loss(objective, small(img_size=8), frames[..., :8, :8])
 
 
 # ---- SoftCon

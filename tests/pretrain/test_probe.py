@@ -108,6 +108,13 @@ def test_pictures_without_classes(photos, tmp_path, monkeypatch, capsys) -> None
     [
         (["--method", "SimMIM(mask=0.99)"], "leave some"),
         (["--method", "SimMM()"], "did you mean"),
+        (["--method", "MAE(mask=0.99)"], "must show some"),
+        (["--method", "GMML(mask=1)"], "leaves nothing"),
+        (["--method", "SelfPatch(k=9)"], "8 neighbours"),
+        (["--method", "EVA(mask=0.4)", "--teacher", "vit_tiny_patch16_224"], r"(14, 14) patches and the student (4, 4)"),
+        (["--method", "SimMIM()", "--model-arg", "in_chans=4"], "takes images of 4 channels"),
+        (["--method", "SimMIM()", "--img-size", "18"], "do not divide: open it with img_size=16 or 20"),
+        (["--method", "MaskAndMatch()", "--img-size", "18"], "do not divide"),
     ],
 )
 def test_refusals(words, match, photos, tmp_path, monkeypatch, capsys) -> None:
@@ -116,6 +123,29 @@ def test_refusals(words, match, photos, tmp_path, monkeypatch, capsys) -> None:
         "--out", str(tmp_path / "run"), *words,
     )  # fmt: skip
     assert status == 2 and match in err and not (tmp_path / "run").exists()
+
+
+def test_pyramids_and_pictures_of_one_colour(tmp_path, monkeypatch, capsys) -> None:
+    home = tmp_path / "pictures"
+    home.mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), (9 * i, 30, 20)).save(home / f"{i}.png")
+    words = ["--data", str(home), "--batch", "4", "--epochs", "1"]
+    small = ("embed_dim=12", "depths=(1,1)", "num_heads=(1,2)", "window_size=2")
+    swin = ["swin_tiny_patch4_window7_224", "--img-size", "32", *(w for a in small for w in ("--model-arg", a))]
+    words += ["--optimiser", "AdamW(lr=0.1)"]
+    run = tmp_path / "a"
+    status, _, err = command(monkeypatch, capsys, "pretrain", *swin, *words, "--method", "SimMIM(cell=8)", "--out", str(run))
+    assert status == 0, err
+    first, last = (vt.load(run / f"{name}.safetensors").patch_embed.proj.weight for name in ("first", "last"))
+    assert not torch.equal(first, last)
+    status, _, err = command(
+        monkeypatch, capsys, "pretrain", *swin, *words, "--method", "SimMIM()", "--out", str(tmp_path / "b"), "--img-size", "36"
+    )
+    assert status == 2 and "img_size=32 or 40" in err  # patches of 4 divide it, the tokens of the last stage do not
+    method = "MAE(width=16, depth=1, heads=2)"
+    status, _, err = command(monkeypatch, capsys, "pretrain", *SMALL, *words, "--method", method, "--out", str(tmp_path / "c"))
+    assert status == 0 and "nan" not in (tmp_path / "c" / "log.csv").read_text(), err
 
 
 def test_unknown_protocol(photos, monkeypatch, capsys) -> None:

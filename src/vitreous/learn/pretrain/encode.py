@@ -29,8 +29,9 @@ class Shape(NamedTuple):
     stride: int
 
 
-def shape(model: nn.Module, name: str) -> Shape:
-    """Raises `VitreousError` for a model that does not cut pictures of one size into patches, as timm's do."""
+def shape(model: nn.Module, name: str, rest: bool = False) -> Shape:
+    """Raises `VitreousError` for a model that does not cut pictures of one size into patches, as timm's do; and for a size that
+    its patches, or the tokens that leave a pyramid, do not divide, unless the `rest` may be left out."""
     embed: Any = getattr(model, "patch_embed", None)
     grid, patch, proj = (getattr(embed, k, None) for k in ("grid_size", "patch_size", "proj"))
     if grid is None or patch is None or not isinstance(proj, nn.Conv2d):
@@ -39,10 +40,16 @@ def shape(model: nn.Module, name: str) -> Shape:
         )
     info: Any = getattr(model, "feature_info", None)
     stride = info[-1]["reduction"] if info else patch[0]
+    stride = stride if isinstance(stride, int) else stride[0]
+    size, least = getattr(embed, "img_size", None), max(*patch, stride)
+    if size is not None and not rest and any(n % p or n % stride for n, p in zip(size, patch, strict=True)):
+        near = sorted({max(n // least, 1) * least for n in size} | {-(-n // least) * least for n in size})
+        raise VitreousError(
+            f"{name}: the model takes pictures of {size[0]} × {size[1]}, which its patches of {least} pixels do not divide: open "
+            f"it with img_size={' or '.join(map(str, near))}"
+        )
     owner: Any = model
-    return Shape(
-        grid, patch, proj.in_channels, proj.out_channels, owner.num_features, stride if isinstance(stride, int) else stride[0]
-    )
+    return Shape(grid, patch, proj.in_channels, proj.out_channels, owner.num_features, stride)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...anatomy import read
+from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, positive
 from .cross import CrossBlock
 from .dino import DINOHead, cross_entropy, follow, rising, twin
@@ -93,6 +94,8 @@ class SelfPatch(Objective):
 
     def __post_init__(self) -> None:
         positive(self, "k", "prototypes", "patch_prototypes", "momentum")
+        if self.k > 8:
+            raise VitreousError(f"SelfPatch: a patch has 8 neighbours, k cannot be {self.k}")
 
     def parts(self, model: nn.Module) -> nn.Module:
         s, anatomy = shape(model, "SelfPatch"), read(model)

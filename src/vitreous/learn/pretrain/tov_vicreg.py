@@ -84,11 +84,11 @@ class TOVVICReg(Objective):
     def parts(self, model: nn.Module) -> nn.Module:
         if self.frames is None:
             raise VitreousError("TOVVICReg needs frames in the order of time: give frames='frames.npy'")
-        return Parts(shape(model, "TOVVICReg").width, self.hidden)
+        return Parts(shape(model, "TOVVICReg", rest=True).width, self.hidden)
 
     def represent(self, model: nn.Module, x: Tensor) -> Tensor:
         """`[B, C]`, what a classifier would read; of a size that patches do not divide the rest is left out."""
-        side = shape(model, "TOVVICReg").patch
+        side = shape(model, "TOVVICReg", rest=True).patch
         h, w = (n // p * p for n, p in zip(x.shape[2:], side, strict=True))
         return at_size(model, pooled, x[:, :, :h, :w])
 
@@ -102,6 +102,11 @@ class TOVVICReg(Objective):
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         assert self.frames is not None
         frames, x = array_of(self.frames, "TOVVICReg"), batch.images
+        if tuple(frames.shape[1:]) != tuple(x.shape[1:]):
+            raise VitreousError(
+                f"TOVVICReg: the frames in {self.frames} are {' × '.join(map(str, frames.shape[1:]))}, and the pictures "
+                f"{' × '.join(map(str, x.shape[1:]))}: they must be the same that are trained on"
+            )
         beside = [batch.index.add(d).clamp(0, len(frames) - 1) for d in (-self.distance, self.distance)]
         before, after = (rows_of(self.frames, i, "TOVVICReg").to(x) for i in beside)
         config = preparation(now.model).config

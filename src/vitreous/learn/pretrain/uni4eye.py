@@ -73,6 +73,7 @@ class UnifiedViT(nn.Module):
     ) -> None:
         super().__init__()
         self.patch, self.slices, self.positions3 = patch, slices, positions3
+        self.pretrained_cfg = {"input_size": (channels[0], size, size), "crop_pct": 1.0}  # of pictures, normalised as ImageNet's
         self.patch_embed = UnifiedEmbed(patch, slices, channels, width)
         self.grids: dict[int, tuple[int, ...]] = {
             4: (size // patch, size // patch), 5: (volume[0] // patch, volume[1] // patch, volume[2] // slices),
@@ -203,6 +204,8 @@ class Uni4Eye(Objective):
         whole, x = unified(now.model), batch.images
         if self.volumes is not None and int(now.epoch) % 2 == 0:
             held = array_of(self.volumes, "Uni4Eye")
+            if held.ndim != 5:
+                raise VitreousError(f"Uni4Eye: {self.volumes} holds {held.ndim} axes, and volumes are [M, channels, H, W, D]")
             at = torch.randint(len(held), (max(1, len(x) // 8),))
             x = torch.stack([torch.from_numpy(held[int(i)].copy()) for i in at]).to(x)
         count = torch.tensor(whole.grids[x.ndim]).prod()
