@@ -14,6 +14,7 @@ from support import command
 import vitreous as vt
 from vitreous.data import open_data
 from vitreous.data.signals import Reader, log_mel
+from vitreous.learn.pretrain.run import Part
 
 VIDEO = [
     "video_vit_small",
@@ -110,6 +111,27 @@ def test_frames_are_spread_over_the_clip(tmp_path) -> None:
     x = Reader("clips", (4, 16, 16), 3)(tmp_path / "0.mp4")
     grey = 255 * (x * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1) + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1))
     assert (grey.mean((0, 2, 3)) - (16 + 30 * torch.tensor([1, 3, 5, 7]))).abs().max() < 6
+
+
+def test_crops_are_alike_in_every_frame_and_slice() -> None:
+    torch.manual_seed(0)
+    still = torch.rand(3, 1, 16, 16).expand(3, 4, 16, 16)
+    moved = [Part("clips", (0.3, 0.5))(still) for _ in range(8)]
+    assert all(m.shape == still.shape and torch.equal(m, m[:, :1].expand_as(m)) and not torch.equal(m, still) for m in moved)
+    ramp = torch.arange(16.0).expand(1, 4, 16, 16)  # brighter to the right: a clip never turns round
+    assert all((Part("clips", (0.5, 1.0))(ramp).diff(dim=3) >= 0).all() for _ in range(8))
+    ramp = torch.arange(16.0)[None, None, :, None].expand(1, 16, 16, 5)
+    rises = [Part("volumes", (0.5, 1.0))(ramp).diff(dim=2) for _ in range(16)]
+    assert {bool((r >= 0).all()) for r in rises} == {True, False} and all((r >= 0).all() or (r <= 0).all() for r in rises)
+    bands = torch.rand(5, 16, 16)
+    assert Part("channels", (0.2, 0.5))(bands).shape == bands.shape and Part("sound", (0.2, 0.5))(bands) is bands
+
+
+def test_calibration_reads_them(tmp_path) -> None:
+    clips(tmp_path)
+    model = vt.open(VIDEO[0], size=(4, 16, 16), cube=(2, 4, 4), width=24, depth=1, heads=2)
+    assert vt.data.calibration(tmp_path, model, 3).shape == (3, 3, 4, 16, 16)
+    assert open_data(tmp_path, model, labelled=False).what == "clips"
 
 
 def test_a_tone_is_in_its_band() -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -26,6 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -33,7 +35,9 @@ from safetensors.torch import save as save_tensors
 
 import vitreous as vt
 from vitreous.cli import UNFORESEEN, main
+from vitreous.data import open_data
 from vitreous.data.pictures import Unreadable, read_picture
+from vitreous.data.signals import Reader
 from vitreous.learn import written
 from vitreous.ship import ship_all
 from vitreous.steps import Recipe
@@ -205,6 +209,68 @@ def saved(rng: random.Random, folder: Path) -> None:
     refused(lambda: vt.load(path))
 
 
+@cache
+def recorded() -> dict[str, tuple[str, bytes]]:
+    """By the name of a small file: what it holds, and its bytes."""
+    import av
+    import nibabel
+    import soundfile
+    import tifffile
+
+    with tempfile.TemporaryDirectory() as name:
+        home, draw = Path(name), np.random.default_rng(0)
+        for end in ("nii", "nii.gz"):
+            nibabel.save(nibabel.Nifti1Image(draw.random((8, 8, 4), np.float32), np.eye(4)), home / f"volumes.{end}")
+        for end in ("mp4", "avi"):
+            with av.open(str(home / f"clips.{end}"), "w") as file:
+                stream: Any = file.add_stream("mpeg4", rate=8)
+                stream.width = stream.height = 32
+                for t in range(6):
+                    frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 30 * t, np.uint8), format="rgb24")
+                    file.mux(stream.encode(frame))
+                file.mux(stream.encode())
+        for end in ("wav", "flac", "ogg"):
+            soundfile.write(home / f"sound.{end}", draw.random(4000) - 0.5, 16000)
+        np.save(home / "channels.npy", draw.random((5, 8, 8), np.float32))
+        tifffile.imwrite(home / "channels.tif", draw.random((5, 8, 8), np.float32), photometric="minisblack")
+        return {p.name: (p.name.split(".")[0], p.read_bytes()) for p in sorted(home.iterdir())}
+
+
+READ = {"volumes": ((8, 8, 4), 1), "clips": ((2, 8, 8), 3), "sound": ((16, 24), 1), "channels": ((8, 8), 5)}
+
+
+def signals(rng: random.Random, folder: Path) -> None:
+    name, (what, content) = rng.choice(list(recorded().items()))
+    (folder / name).write_bytes(flipped(rng, content))
+    sides, channels = READ[what]
+    with contextlib.suppress(Unreadable), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = Reader(what, sides, channels)(folder / name)
+        assert x.shape == (channels, *sides) and bool(x.isfinite().all())
+
+
+@cache
+def shard() -> bytes:
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as file:
+        for i in range(4):
+            picture = io.BytesIO()
+            Image.new("RGB", (20, 20), (60 * i, 9, 9)).save(picture, "PNG")
+            for end, content in (("png", picture.getvalue()), ("cls", str(i % 2).encode())):
+                about = tarfile.TarInfo(f"{i:03}.{end}")
+                about.size = len(content)
+                file.addfile(about, io.BytesIO(content))
+    return held.getvalue()
+
+
+def shards(rng: random.Random, folder: Path) -> None:
+    for i in range(2):
+        content = shard()
+        (folder / f"s-{i}.tar").write_bytes(flipped(rng, content) if i == 0 or rng.random() < 0.3 else content)
+    model = vt.open(NAME, **{**SHAPE, "depth": 1, "embed_dim": 12})
+    refused(lambda: list(open_data(folder / "s-{0..1}.tar", model).batches(2)))
+
+
 RECIPES = ["EViT(keep=0.7), RepQ(weights=8, activations=8)", "ToMe(r=4)", "Heads(share=0.25), WeightOnly(bits=4, group=32)"]
 RECIPES += [
     "tokens.MCTF(r=0.2, tau_sim=1), quant.MPTQ(weights=4)",
@@ -335,7 +401,9 @@ def refused(attempt: Callable[[], object]) -> None:
             assert 0 < len(str(error)) < 4000, f"a message of {len(str(error))} letters"
 
 
-KINDS: dict[str, Case] = {f.__name__: f for f in (images, checkpoints, saved, recipes, calls, shipped, runs, arguments)}
+KINDS: dict[str, Case] = {
+    f.__name__: f for f in (images, signals, shards, checkpoints, saved, recipes, calls, shipped, runs, arguments)
+}
 
 
 def attempt(kind: str, seed: int) -> str:

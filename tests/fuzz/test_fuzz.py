@@ -13,7 +13,7 @@ assert spec and spec.loader
 fuzz: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fuzz)
 
-NUMBERS = {"images": 130, "checkpoints": 60, "saved": 70, "recipes": 100}
+NUMBERS = {"images": 130, "signals": 60, "shards": 20, "checkpoints": 60, "saved": 70, "recipes": 100}
 NUMBERS |= {"calls": 60, "shipped": 20, "runs": 20, "arguments": 40}
 
 

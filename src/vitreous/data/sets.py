@@ -19,7 +19,7 @@ from .folder import Listing, Skipped, list_files, readable, subfolders
 from .labels import match
 from .pictures import Unreadable, read_picture
 from .shards import Member, are_shards, read_shards
-from .signals import preparation_of, reader_for
+from .signals import Reader, preparation_of, reader_for
 from .tables import LABELS, SUFFIXES, read_table
 from .transform import Preparation, preparation
 
@@ -109,8 +109,13 @@ class Data:
 
     @property
     def pictures(self) -> bool:
-        """Whether these are pictures; else volumes, clips, sound or many channels (`signals`), which are not augmented."""
+        """Whether these are pictures; else volumes, clips, sound or many channels (`signals`)."""
         return bool(self._prepare.mode)
+
+    @property
+    def what(self) -> str:
+        """ "pictures", "volumes", "clips", "sound" or "channels"."""
+        return self._read.how.what if isinstance(self._read, Files) and isinstance(self._read.how, Reader) else "pictures"
 
     def picture(self, i: int) -> Image.Image:
         """Picture `i` for people: resized and cropped as the model sees it, so that heatmaps lie on it, 8-bit RGB or L."""
@@ -243,7 +248,8 @@ def calibration(
     root: str | Path | None = None,
     transform: Transform | None = None,
 ) -> torch.Tensor:
-    """`n` pictures `[n, C, H, W]` float32 to calibrate on, drawn by `seed`, as evenly over the classes as they allow.
+    """`n` pictures `[n, C, H, W]` float32, or what else the files hold, to calibrate on, drawn by `seed`, as evenly over the
+    classes as they allow.
 
     They come from the train part wherever the source has one, so never from the pictures that `open_data` gives; a
     folder without parts has only the one kind, and then they do overlap. Labels are not used, so one class or a flat
@@ -251,18 +257,20 @@ def calibration(
     than `n` readable pictures is an error too.
     """
     _at_least_one("n", n)
-    prepare = preparation(model, transform)
     folder = _folder(source)
     if folder is None:
         classes, images, labels = _arrays(str(source), "train", download, root)
         good = balanced_order(labels, seed)[:n]
-        data = Data(str(source), classes, labels[good], Arrays(images[good]), prepare)
+        data = Data(str(source), classes, labels[good], Arrays(images[good]), preparation(model, transform))
     else:
         listing = listed(folder, "train", need_classes=False)
         of = listing.labels
         one = of if of is not None and of.ndim == 1 else np.zeros(len(listing.paths), np.int64)
-        good, skipped = readable(listing, balanced_order(one, seed), n)
-        data = Data(str(source), listing.classes, one[good], Files([listing.paths[i] for i in good]), prepare, skipped)
+        reader = None if are_shards(folder) else reader_for(listing.paths, model)
+        prepare = preparation(model, transform) if reader is None else preparation_of(reader)
+        good, skipped = readable(listing, balanced_order(one, seed), n, read=reader)
+        files = Files([listing.paths[i] for i in good], reader or read_picture)
+        data = Data(str(source), listing.classes, one[good], files, prepare, skipped)
     if len(data) < n:
         raise VitreousError(f"{source} has {len(data)} images to calibrate on, not {n}: ask for at most {len(data)}")
     return data.tensor(range(n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -181,8 +182,14 @@ def log_mel(wave: Tensor, mels: int = 128) -> Tensor:
 def channels(path: Path, sides: Sequence[int]) -> Tensor:
     """`[C, H, W]`, whichever end the channels are (they are fewer than rows and columns): each by its own mean and deviation in
     this picture and clipped at two of them, as SoftCon clips a band; a constant channel is zero."""
-    x = np.load(path, allow_pickle=False, mmap_mode="r") if path.suffix.lower() == ".npy" else need("tifffile").imread(path)
-    _small(x.shape, path)
+    if path.suffix.lower() == ".npy":
+        x = np.load(path, allow_pickle=False, mmap_mode="r")
+        _small(x.shape, path)
+    else:
+        logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what is damaged is told once, with its file
+        with need("tifffile").TiffFile(path) as held:
+            _small(held.series[0].shape, path)
+            x = held.asarray()
     x = torch.from_numpy(np.array(x, np.float32))
     x = x[None] if x.ndim == 2 else x
     if x.ndim != 3:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 from ...data import Data
 from ...data.transform import preparation
@@ -42,6 +43,27 @@ class Crop:
             v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std),
         ])  # fmt: skip
         return made(picture)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A random crop of `share` of the rows and columns of what is no picture, the same in every frame, slice and channel, at the
+    size that it had; perhaps mirrored, but no clip, in which left and right tell which way things move. Sound stays as it is."""
+
+    what: str
+    share: tuple[float, float]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.what == "sound":
+            return x
+        rows = 1 if self.what == "volumes" else x.ndim - 2
+        seen = x.movedim((rows, rows + 1), (-2, -1))
+        size = seen.shape[-2:]
+        top, left, height, width = RandomResizedCrop.get_params(seen, list(self.share), [3 / 4, 4 / 3])
+        cut = seen[..., top : top + height, left : left + width].flatten(0, -3)[None]
+        seen = F.interpolate(cut, size, mode="bilinear", antialias=True)[0].view_as(seen)
+        seen = seen.flip(-1) if self.what != "clips" and torch.rand(()) < 0.5 else seen
+        return seen.movedim((-2, -1), (rows, rows + 1))
 
 
 @dataclass(frozen=True)
@@ -93,10 +115,10 @@ def pretrain(
     """Train a copy of `model` on `data` without labels; returns the encoder in eval mode, an ordinary model of timm.
 
     method: an objective, or its text, as "SimMIM(mask=0.6)". optimiser: AdamW (0.9, 0.95) at 1.5 · 10⁻⁴ · batch / 256 when
-    None. augment: "crop" is a crop of the share that the method's paper takes, mirrored or not (what is no picture stays as
-    it is); else as `vt.train`, which takes the other settings too. out: folder of the run; beside what `train` writes it
-    holds `last.safetensors`, the encoder after each epoch, and `first.safetensors`, as it was before. say: told where the
-    encoder has collapsed.
+    None. augment: "crop" is a crop of the share that the method's paper takes, mirrored or not (see `Part` for what is no
+    picture; of tensors a shift); else as `vt.train`, which takes the other settings too. out: folder of the run; beside what
+    `train` writes it holds `last.safetensors`, the encoder after each epoch, and `first.safetensors`, as it was before. say: told
+    where the encoder has collapsed.
 
     Raises `VitreousError` as `train` does.
     """
@@ -107,6 +129,8 @@ def pretrain(
     if augment == "crop" and isinstance(data, Data) and data.pictures:
         config = preparation(model).config
         augment = Crop(tuple(config["input_size"][1:]), made[0].crop, tuple(config["mean"]), tuple(config["std"]))
+    elif augment == "crop" and isinstance(data, Data):
+        augment = Part(data.what, made[0].crop)
     _fits(model, data.tensor([0]) if isinstance(data, Data) else data[0][:1])
     folder = None if out is None else Path(out)
     some = data.part(range(min(len(data), LOOKED_AT))) if isinstance(data, Data) else (data[0][:LOOKED_AT], None)

@@ -147,6 +147,7 @@ class VideoMAEv2(Objective):
     official: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^encoder\.", ""), (r"^decoder\.", "parts."), (r"^(mask_token|encoder_to_decoder)", r"parts.\1"),
     )  # fmt: skip
+    crop: ClassVar[tuple[float, float]] = (0.44, 1.0)  # sides of 0.66 and more
     mask: float = 0.9
     decoder_mask: float = 0.5
     width: int = 192
