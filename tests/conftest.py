@@ -15,10 +15,12 @@ torch.set_num_threads(1)  # there are as many workers as cores
 
 
 def read_operators_once() -> None:
-    """torch's exporter reads its whole table of operators at each export, which is a quarter of a small model's; one will do."""
-    from torch.onnx._internal.exporter import _registration
+    """torch's exporter reads its tables of operators, and of what they are made of, at each export, which is a quarter of a small
+    model's; one reading will do."""
+    from torch.onnx._internal.exporter import _decomp, _registration
 
     read: Any = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    made: Any = functools.cache(_decomp.create_onnx_friendly_decomposition_table)
 
     def copied(**opset: int) -> Any:
         registry = copy.copy(read(**opset))
@@ -26,6 +28,7 @@ def read_operators_once() -> None:
         return registry
 
     _registration.ONNXRegistry.from_torchlib = staticmethod(copied)
+    _decomp.create_onnx_friendly_decomposition_table = lambda known: dict(made(frozenset(known)))
 
 
 read_operators_once()

@@ -104,11 +104,11 @@ SMALL: dict[str, Small] = {
         dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1)),
         unused=("norm_cls", "head_cls"),  # read the class token, for a loss of the official training alone
     ),
-    "uniformer": Small("uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 1, 2, 1))),
+    "uniformer": Small("uniformer_small_plus_dim64_tl_224", dict(embed_dims=(16, 16, 32, 32), head_dim=16, depths=(1, 0, 1, 0))),
     "crossformer": Small(
         "crossformer_pp_small", dict(embed_dim=48, num_heads=(2, 2, 4, 4), groups=(4, 4, 4, 7), depths=(0, 4, 0, 1))
     ),
-    "smt": Small("smt_t", dict(embed_dims=(16, 16, 32, 32), heads=(0, 0, 4, 4), depths=(1, 1, 2, 1))),
+    "smt": Small("smt_t", dict(embed_dims=(16, 16, 32, 32), heads=(0, 0, 4, 4), depths=(1, 0, 2, 0))),
     "cvt": Small(
         "cvt_13",
         dict(embed_dims=(16, 24, 32), num_heads=(1, 2, 4), depths=(1, 1, 2)),
@@ -127,15 +127,13 @@ SMALL: dict[str, Small] = {
     "pvt": Small("pvt_tiny", dict(img_size=64, embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2), depths=(1, 0, 0, 1))),
     "lsnet": Small(
         "lsnet_t",
-        dict(img_size=128, embed_dims=(16, 32, 32, 48), depths=(1, 2, 2, 2), num_heads=2, key_dim=8),
+        dict(img_size=128, embed_dims=(16, 32, 32, 48), depths=(0, 2, 0, 2), num_heads=2, key_dim=8),
         side=128,
         other_side=None,
         resized=dict(img_size=192),
     ),
-    "dinat": Small("dinat_mini", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((3,), (1,), (1,), (1,)), kernel=3)),
-    "dinat merging": Small(
-        "dinat_s_tiny", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((1,), (2,), (1,), (1,)), kernel=3)
-    ),
+    "dinat": Small("dinat_mini", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((3,), (), (), (1,)), kernel=3)),
+    "dinat merging": Small("dinat_s_tiny", dict(embed_dim=16, num_heads=(1, 1, 2, 2), dilations=((1,), (2,), (), ()), kernel=3)),
     "dinat isotropic": Small("dinat_isotropic_small", dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, kernel=3)),
     "a2mamba": Small(
         "a2mamba_nano",
@@ -144,7 +142,7 @@ SMALL: dict[str, Small] = {
         other_side=128,
     ),
     "lwganet": Small("lwganet_l0", dict(embed_dim=16, depths=(1, 0, 1, 1), kernel=3, feature_dim=16), side=96, other_side=128),
-    "l2vit": Small("l2vit_tiny", dict(embed_dims=(16, 16, 16, 32), depths=(2, 1, 1, 1), num_heads=(1, 1, 1, 2))),
+    "l2vit": Small("l2vit_tiny", dict(embed_dims=(16, 16, 16, 32), depths=(2, 0, 0, 1), num_heads=(1, 1, 1, 2))),
     "patnet": Small("patnet_t0", dict(embed_dim=8, depths=(1, 0, 0, 1), feature_dim=32)),
     "vir": Small(
         "vir_tiny",
@@ -169,9 +167,9 @@ SMALL: dict[str, Small] = {
         resized=dict(img_size=48),
         unused=("soft_hgnn.gate",),  # the released layer has it and never uses it
     ),
-    "dcls": Small("convnext_dcls_tiny", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False),
+    "dcls": Small("convnext_dcls_tiny", dict(depths=(1, 0, 0, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False),
     "dcls-thesis": Small(
-        "convnext_dcls_tiny_gauss", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False
+        "convnext_dcls_tiny_gauss", dict(depths=(1, 0, 0, 1), dims=(8, 8, 8, 16), size=9, count=6), attention=False
     ),
     "monarch": Small(
         "monarch_vit_s_16",
@@ -256,7 +254,11 @@ SMALL: dict[str, Small] = {
     "channelvit": Small("channelvit_small", dict(img_size=64, embed_dim=32, num_heads=2, depth=2)),
     "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
     "gmm-attention": Small(
-        "gmm_vit_cifar", dict(embed_dim=24, num_heads=2), side=32, other_side=None, resized=dict(img_size=48, patch_size=4)
+        "gmm_vit_cifar",
+        dict(embed_dim=24, depth=4, num_heads=2),
+        side=32,
+        other_side=None,
+        resized=dict(img_size=48, patch_size=4),
     ),
     "gmm-attention swin": Small(
         "gmm_swin_cifar",
@@ -291,7 +293,7 @@ SMALL: dict[str, Small] = {
     ),
     "patch-scaling": Small(
         "patch_scaling_tiny_patch4_64",
-        dict(patch_size=8, embed_dim=24, num_heads=2, checkpoint_tokens=16),
+        dict(patch_size=8, embed_dim=24, depth=4, num_heads=2, checkpoint_tokens=16),
         other_side=None,
         resized=dict(img_size=96),
     ),
@@ -311,7 +313,7 @@ SMALL: dict[str, Small] = {
     ),
     "sret": Small(
         "sret_t",
-        dict(img_size=64, base_dim=8, heads=(1, 2, 4), depths=(1, 1, 1)),
+        dict(img_size=64, base_dim=8, heads=(1, 2, 4), depths=(1, 0, 1)),
         other_side=None,
         resized=dict(img_size=96),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 
 import onnx
@@ -17,7 +18,7 @@ from vitreous.ship.lowering import Lowering
 
 
 class Composed(nn.Module):
-    """Of what is taken apart: norms, layouts, a write in place, several outputs, another size, a dropout."""
+    """Of what is taken apart: norms, layouts, a write in place, several outputs, another size, dropout; integers meet floats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class Composed(nn.Module):
         x = F.interpolate(x, scale_factor=2.0)
         tokens = F.dropout(self.rms(x.flatten(2).mT), 0.5, self.training)
         a, b = tokens.unflatten(-1, (2, 4)).chunk(2, 2)
-        return torch.rsub(a, 1.0).flatten(1), b.to(torch.float32).mean(1)
+        return torch.rsub(a, 1.0).flatten(1), (b * torch.arange(4) + (b > 0)).mean(1)
 
 
 class Writes(nn.Module):
@@ -57,13 +58,19 @@ def check(graph: onnx.ModelProto, x: Tensor, wanted: tuple[Tensor, ...]) -> None
 def test_the_same_graph_without_tracing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     program, x, wanted = traced(Composed())
     nodes = [str(node) for node in program.graph.nodes]
+    run, computed = torch.fx.Interpreter.run_node, []
+    monkeypatch.setattr(torch.fx.Interpreter, "run_node", lambda self, node: (computed.append(node), run(self, node))[1])
     with monkeypatch.context() as patch:
         patch.setattr(export, "Lowering", lambda program: program)
+        patch.setattr(export, "shapes_known", contextlib.nullcontext)
         theirs = export.to_onnx(program, ("a", "b"))
+    anew = len(computed)
+    computed.clear()
     monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *_, **__: pytest.fail("traced anew"))
     ours = export.to_onnx(program, ("a", "b"))
     kinds = [Counter(node.op_type for node in graph.graph.node) for graph in (ours, theirs)]
     assert kinds[0] == kinds[1] and [str(node) for node in program.graph.nodes] == nodes, "the program stays as it was"
+    assert len(computed) < 0.7 * anew, "shapes that are known are not computed"
     check(ours, x, wanted)
 
 

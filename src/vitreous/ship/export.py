@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from .. import operators
 from ..errors import VitreousError
-from .lowering import Lowering
+from .lowering import Lowering, shapes_known
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -89,7 +89,7 @@ def to_onnx(program: ExportedProgram, outputs: Sequence[str] = ("logits",)) -> o
     if weights > PROTOBUF_LIMIT:
         raise VitreousError(f"the weights take {weights / 2**30:.1f} GiB and an ONNX graph ends at 2; ship to .pt2")
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), shapes_known():
             exported = torch.onnx.export(
                 Lowering(program),
                 dynamo=True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -55,6 +56,34 @@ class Lowering(ExportedProgram):
             for node in [n for n in self.graph.nodes if n.target in table or _composite(n.target)]:
                 self.graph_signature.replace_all_uses(node.name, _known(self.graph, node) or _replace(self.graph, node, table))
         self.graph_module.recompile()
+
+
+@contextlib.contextmanager
+def shapes_known() -> Iterator[None]:
+    """`torch.onnx` computes all shapes of a program anew to find where types have to be promoted; meanwhile it reads what the nodes
+    say they are."""
+    try:
+        from torch.onnx._internal.fx.passes import type_promotion as theirs
+
+        interpreter: Any = theirs._TypePromotionInterpreter
+        whole, rule_of = interpreter.run_node, theirs.get_type_promotion_rule
+    except (ImportError, AttributeError):  # another version of torch, which may take its time
+        yield
+        return
+
+    def run_node(self: Any, node: fx.Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return whole(self, node)
+        if rule := rule_of(node, self.type_promotion_table):
+            with self._set_current_node(node):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    interpreter.run_node = run_node
+    try:
+        yield
+    finally:
+        interpreter.run_node = whole
 
 
 def _check(node: fx.Node) -> None:
