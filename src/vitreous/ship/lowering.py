@@ -60,8 +60,8 @@ class Lowering(ExportedProgram):
 
 @contextlib.contextmanager
 def shapes_known() -> Iterator[None]:
-    """`torch.onnx` computes all shapes of a program anew to find where types have to be promoted; meanwhile it reads what the nodes
-    say they are."""
+    """`torch.onnx` computes all shapes of a program anew to find where types have to be promoted; here it reads those that the
+    nodes remember."""
     try:
         from torch.onnx._internal.fx.passes import type_promotion as theirs
 
