@@ -63,7 +63,7 @@ NO_GRID = all_of(ATTENTION, "needs one grid of patches, and")
 NO_ATTENTION = all_of((*ATTENTION, "EViT", "Heads"), "attention, and")
 BIAS = "adds a bias for each pair of places in a fixed grid or window"
 NO_QKV = "computes something else than"
-QUARTERS: dict[str, Any] = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(1, 2, 2, 2))
+HALVES: dict[str, Any] = dict(depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2))
 
 MODELS: dict[str, Timm] = {
     "convit": Timm(
@@ -103,35 +103,35 @@ MODELS: dict[str, Timm] = {
         refused=NO_GRID | not_plain("network.0.0", "it does not run on a plain sequence"),
     ),
     "davit": Timm(
-        named("davit_tiny", **QUARTERS),
+        named("davit_tiny", **HALVES),
         side=64,
-        seen=8,
+        seen=4,
         refused=NO_GRID | not_plain("stages.0.blocks.0.0", "it does not run on a plain sequence of tokens"),
     ),
     "gcvit": Timm(
         lambda: GlobalContextVit(
             num_classes=CLASSES,
             img_size=64,
-            depths=(1, 1, 1, 1),
-            num_heads=(1, 2, 2, 2),
+            depths=(1, 1),
+            num_heads=(1, 2),
             embed_dim=16,
-            window_size=(4, 4, 4, 2),
+            window_size=(4, 4),
         ),
         side=64,
-        seen=4,
+        seen=2,
         refused=NO_GRID | not_plain("stages.0.blocks.0", BIAS),
     ),
     "maxvit": Timm(
         named(
             "maxvit_tiny_tf_224",
             img_size=64,
-            depths=(1, 1, 1, 1),
-            embed_dim=(16, 16, 32, 32),
+            depths=(1, 1),
+            embed_dim=(16, 32),
             stem_width=16,
             transformer_dim_head=8,
         ),
         side=64,
-        seen=8,
+        seen=4,
         refused=NO_GRID | not_plain("stages.0.blocks.0.attn_block", BIAS),
     ),
     "poolformer": Timm(poolformer, side=64, seen=0, refused=NO_ATTENTION),
@@ -143,9 +143,9 @@ MODELS: dict[str, Timm] = {
         refused=NO_GRID | not_plain("stages.3.blocks.2", BIAS),
     ),
     "tinyvit": Timm(
-        named("tiny_vit_5m_224", **QUARTERS),
+        named("tiny_vit_5m_224", **HALVES),
         side=64,
-        seen=3,
+        seen=1,
         refused=NO_GRID | not_plain("stages.1.blocks.0", BIAS),
     ),
     "next-vit": Timm(
