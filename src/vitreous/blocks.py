@@ -183,6 +183,13 @@ class PlainBlock(nn.Module):
         self.prompts: nn.Parameter | None = None
         self.train(block.training)
 
+    batch_first = True
+
+    @property
+    def self_attn(self) -> PlainBlock:
+        """`torch.nn.TransformerEncoder` asks its first layer for `self_attn.batch_first`."""
+        return self
+
     def forward(self, x: Tensor | Tokens, *mask: Any, **given: Any) -> Tensor | Tokens:
         tokens, turn, bias = self.entering(x, *mask, **given)
         norm1, q, k = cast(nn.Module, self.norm1), None, None

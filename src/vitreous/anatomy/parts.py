@@ -80,6 +80,8 @@ def parts(block: nn.Module, attention: nn.Module) -> tuple[nn.Module, Position |
 
     Raises `NotPlain` with the reason when the block computes something else.
     """
+    if getattr(attention, "batch_first", True) is False:
+        raise NotPlain("its attention reads tokens before images: build it with batch_first=True, which takes the same weights")
     position = position_of(block, attention)
     reference = next(block.parameters())
     prefix = 0 if position is None else position.prefix

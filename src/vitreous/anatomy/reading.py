@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import VitreousError
 from .parts import FEWER, parts
 from .roles import NotPlain
+from .unnamed import unnamed
 from .whole import Whole, told
 
 ATTENTION_CLASS = re.compile(r"atte?n|mhsa|gpsa|xca$", re.IGNORECASE)
@@ -86,6 +87,7 @@ class Anatomy:
     other_attention: tuple[AttentionPart, ...]  # outside residual blocks: attention pooling and the like
     stages: tuple[Stage, ...]
     classifier: str | None
+    behind: str = ""  # said where other tokens than patches do not all stand before them; then there is no grid
 
     @property
     def plain(self) -> bool:
@@ -115,6 +117,8 @@ class Anatomy:
 
     def require_grid(self, step: str) -> tuple[int, int]:
         """The patch rows and columns; a `VitreousError` where none are known."""
+        if self.behind:
+            raise VitreousError(f"{step} works on a grid of patches after all other tokens, but {self.kind} has {self.behind}")
         if self.grid is None:
             raise VitreousError(
                 f"{step} works on a grid of patches, and {self.kind} tells of none: tell it by vitreous.read(model, grid=(rows, "
@@ -216,6 +220,8 @@ def _read(model: nn.Module) -> Anatomy:
     stages = _stages(whole.vit, whole.vit_name, blocks)
     several = len({s.reduction for s in stages if s.blocks}) > 1
     grid, prefix, class_token = whole.tokens(one_grid=bool(blocks) and not several and all(b.plain for b in blocks))
+    if whole.behind:
+        blocks = [replace(b, plain=False, why_not=b.why_not or f"the model has {whole.behind}") for b in blocks]
     if several:
         blocks = [replace(b, plain=False, why_not=b.why_not or "the grid of tokens changes between its stages") for b in blocks]
     return Anatomy(
@@ -229,6 +235,7 @@ def _read(model: nn.Module) -> Anatomy:
         other_attention=tuple(others),
         stages=stages,
         classifier=whole.classifier(),
+        behind=whole.behind,
     )
 
 
@@ -239,8 +246,9 @@ def _above(name: str) -> list[str]:
 
 
 def attention_names(model: nn.Module) -> list[str]:
-    """Dotted names of the attention modules: the innermost modules whose class is called an attention."""
-    names = [n for n, m in model.named_modules() if n and _is_attention(m)]
+    """Dotted names of the attention modules: the innermost modules whose class is called an attention; where none is, those that
+    compute a map of all tokens by all."""
+    names = [n for n, m in model.named_modules() if n and _is_attention(m)] or unnamed(model)
     return [n for n in names if not any(other.startswith(n + ".") for other in names)]
 
 
@@ -250,8 +258,9 @@ NORMS = ("norm1", "norm2", "ln_1", "ln_2", "layernorm_before", "layernorm_after"
 def holding_block(attention_name: str, modules: dict[str, nn.Module]) -> str:
     """The dotted name of the residual block around an attention module, or "".
 
-    It is the nearest module around it that has a norm by a known name; else, one that holds no other attention, the nearest with
-    a norm and with other weights beside the attention. Attention and MLP may also lie side by side in a list.
+    It is the nearest module around it that has a norm by a known name. Where that holds other attention too, as a whole model
+    with a last norm does: the nearest inside it with any norm and with other weights beside the attention, if it holds none.
+    Attention and MLP may also lie side by side in a list.
     """
     above = [n for n in reversed(_above(attention_name)) if n]
     for name in above:
@@ -260,22 +269,25 @@ def holding_block(attention_name: str, modules: dict[str, nn.Module]) -> str:
             return name
         if _children(module, NORMS):
             break
-    for name in above:
-        if _children(modules[name], NORMS):
-            return name
+    known = next((name for name in above if _children(modules[name], NORMS)), "")
+    if known and _alone(attention_name, known, modules):
+        return known
     inside = set(modules[attention_name].modules())
     for name in above:
+        if name == known:
+            break
         beside = [m for m in modules[name].modules() if m not in inside]
         normed = any("norm" in type(m).__name__.lower() and not hasattr(m, "running_mean") for m in modules[name].modules())
         weighs = any(p.ndim == 2 for m in beside for p in m.parameters(recurse=False))
         if normed and weighs:
-            return name if _alone(attention_name, name, modules) else ""
-    return ""
+            return name if _alone(attention_name, name, modules) else known
+    return known
 
 
 def _alone(attention_name: str, name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether `name` holds no other attention than that."""
-    others = (n for n, m in modules.items() if n.startswith(name + ".") and _is_attention(m))
+    kind = type(modules[attention_name])  # whatever it is called
+    others = (n for n, m in modules.items() if n.startswith(name + ".") and (_is_attention(m) or type(m) is kind))
     return all(n.startswith(attention_name) or attention_name.startswith(n + ".") for n in others)
 
 

@@ -52,6 +52,7 @@ class Whole:
         # What attends outside of blocks, with what else its head holds: no layer in there is asked for classes or tokens.
         heads = (n.rpartition(".")[0] for n in pooling)
         self.pooling = [*pooling, *(n for n in heads if n and n not in self.path and n not in blocks)]
+        self.behind = ""
         self.around: list[Any] = [self.modules[n] for n in self.path[self.path.index(self.vit_name) :]]
 
     def _wrapped(self) -> Iterator[str]:
@@ -98,11 +99,20 @@ class Whole:
         """Patch rows and columns, the number of prefix tokens, and whether one of them is a class token."""
         grid, prefix = self._by_name()
         class_token = self._class_token()
-        if one_grid and prefix is None:
+        if one_grid and (prefix is None or not self._counted(grid, prefix)):
             grid, prefix = self._by_running(grid, prefix)
             class_token = class_token or (prefix > 0 and not self._special())
         said = told(self.model)
         return said.get("grid", grid), said.get("prefix", prefix or 0), class_token and said.get("prefix") != 0
+
+    def _counted(self, grid: tuple[int, int] | None, prefix: int) -> bool:
+        """Whether as many tokens enter the first block as Hugging Face's configuration and what is known by name make."""
+        size = getattr(getattr(self._first("config"), "vision_config", self._first("config")), "image_size", None)
+        if size is None or grid is None:
+            return True
+        h, w = (size, size) if isinstance(size, int) else size
+        entered = self._entering(h, w)
+        return entered is None or entered[0].shape[1] == grid[0] * grid[1] + prefix
 
     def _class_token(self) -> bool:
         own = getattr(self.vit, "cls_token", None)
@@ -143,13 +153,27 @@ class Whole:
             found = self._entering(h, w)
             if found is None:
                 continue
-            n, shape = found
+            tokens, shape = found
+            n = tokens.shape[1]
+            if self._behind(tokens, h, w):
+                return None, 0
             if shape is not None and 0 <= n - shape[0] * shape[1] <= 64:
                 return shape, n - shape[0] * shape[1]
             left = n - special
             if left > 0 and math.isqrt(left * w // h) and (columns := math.isqrt(left * w // h)) * (left // columns) == left:
                 return (left // columns, columns), special
         return grid, special if prefix is None else prefix
+
+    def _behind(self, empty: Tensor, h: int, w: int) -> bool:
+        """Whether tokens that no image changes, which are no patches, stand behind some that it changes. `empty`: of no image."""
+        other = self._entering(h, w, noise=True)
+        if other is None or other[0].shape != empty.shape:
+            return False
+        fixed = (other[0] == empty).all(-1)[0]
+        first = int(fixed.int().argmin())
+        if late := int(fixed[first:].sum()) if not fixed.all() else 0:
+            self.behind = f"{late} of {len(fixed)} tokens, no patches, behind the patches: put class and other tokens first"
+        return bool(late)
 
     def _sizes(self, special: int) -> Iterator[tuple[int, int]]:
         asked = self._first("img_size", "image_size", "input_size")
@@ -175,15 +199,17 @@ class Whole:
         size = self._first("patch_size")
         return int(size[0] if isinstance(size, (tuple, list)) else size) if size else 0
 
-    def _entering(self, h: int, w: int) -> tuple[int, tuple[int, int] | None] | None:
-        """How many tokens enter the first block, and the rows and columns of the patch embedding where a convolution makes it."""
+    def _entering(self, h: int, w: int, noise: bool = False) -> tuple[Tensor, tuple[int, int] | None] | None:
+        """The tokens `[1, N, C]` that enter the first block, of an empty image or of noise, and the rows and columns of the patch
+        embedding where a convolution makes it."""
         block = self.modules[self.blocks[0]]
-        entered: list[int] = []
+        entered: list[Tensor] = []
         shapes: list[tuple[int, int]] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            entered.append(x.shape[1] if x is not None and x.ndim == 3 else 0)
+            if x is not None and x.ndim == 3:
+                entered.append(x.detach().clone())
             raise _Enough
 
         def seen(_: nn.Module, __: Any, out: Any) -> None:
@@ -195,7 +221,9 @@ class Whole:
         handles += [m.register_forward_hook(here(seen)) for m in self.vit.modules() if isinstance(m, nn.Conv2d)]
         conv = next((m for m in self.vit.modules() if isinstance(m, nn.Conv2d)), None)
         reference = next(self.model.parameters())
-        x = torch.zeros(1, 3 if conv is None else conv.in_channels * conv.groups // conv.groups, h, w).to(reference)
+        shape = 1, 3 if conv is None else conv.in_channels, h, w
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) if noise else torch.zeros(shape)
+        x = x.to(reference)
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
@@ -208,7 +236,7 @@ class Whole:
                 handle.remove()
             for m in training:
                 m.training = True
-        if not entered or not entered[0]:
+        if not entered:
             return None
         return entered[0], shapes[-1] if shapes else None
 

@@ -34,9 +34,16 @@ def grid_of(model: nn.Module, x: Tensor, purpose: str) -> tuple[Anatomy, tuple[i
     anatomy = read(model)
     if not anatomy.attention:
         raise VitreousError(f"{purpose} shows attention, and {anatomy.kind} has none: use see.grad_cam")
+    if anatomy.behind:
+        raise VitreousError(
+            f"{purpose} reads patches after all other tokens, but {anatomy.kind} has {anatomy.behind}, or use see.grad_cam"
+        )
     grid = grid_seen(model, x, anatomy)
     if grid is None:
-        raise VitreousError(f"{purpose} needs one grid of patches, and {anatomy.kind} tells of none: use see.grad_cam")
+        raise VitreousError(
+            f"{purpose} needs one grid of patches, and {anatomy.kind} tells of none: tell it by vitreous.read(model, grid=(rows, "
+            "columns), prefix=…), or use see.grad_cam"
+        )
     refuse_vast(model, x)
     return replace(anatomy, grid=grid), grid
 
@@ -61,16 +68,17 @@ class _Enough(Exception):
     """The first attention was reached: what comes after is not needed."""
 
 
-_SEEN: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, int]]] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, int] | None]] = WeakKeyDictionary()
 
 
 def grid_seen(model: nn.Module, x: Tensor, anatomy: Anatomy) -> tuple[int, int] | None:
     """Rows and columns of the patches that enter the first attention for images like `x`, found out by running up to there.
 
     Rows times columns and the prefix are the tokens that enter; which rows and columns is told by the convolution that made them,
-    else by the proportions of the image. None where the anatomy knows no grid, or attention does not see one sequence of it.
+    else by the proportions of the image. Where the anatomy knows no grid, blocks must be plain, and the convolution tell it. None
+    where it cannot be told.
     """
-    if anatomy.grid is None:
+    if anatomy.grid is None and not anatomy.plain:
         return None
     key, known = (tuple(x.shape[1:]), anatomy.grid, anatomy.prefix), _SEEN.setdefault(model, {})
     if key not in known:
@@ -78,7 +86,7 @@ def grid_seen(model: nn.Module, x: Tensor, anatomy: Anatomy) -> tuple[int, int] 
     return known[key]
 
 
-def _find_grid(model: nn.Module, x: Tensor, anatomy: Anatomy, told: tuple[int, int]) -> tuple[int, int]:
+def _find_grid(model: nn.Module, x: Tensor, anatomy: Anatomy, told: tuple[int, int] | None) -> tuple[int, int] | None:
     maps: list[tuple[int, int]] = []
     tokens: list[int] = []
 
@@ -111,7 +119,7 @@ def _find_grid(model: nn.Module, x: Tensor, anatomy: Anatomy, told: tuple[int, i
     n = tokens[0] - anatomy.prefix
     if maps and maps[-1][0] * maps[-1][1] == n:
         return maps[-1]
-    if told[0] * told[1] == n:
+    if told is None or told[0] * told[1] == n:
         return told
     high, wide = x.shape[2:]
     fits = [(h, n // h) for h in range(1, n + 1) if n % h == 0]
