@@ -65,6 +65,8 @@ def there(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     far = any(isinstance(t, Far) for t in tensors)
+    if far and any(t.device == WITHIN and not isinstance(t, Far) for t in tensors):
+        raise NotImplementedError(f"{name} of a number that this pretence has lost")
     wanted = kwargs.get("device")
     if far and any(not isinstance(t, Far) and t.ndim for t in tensors):
         first = next(t for t in tensors if t.ndim or isinstance(t, Far))
@@ -88,7 +90,12 @@ def there(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _Generator(torch.Generator):
-    device = property(lambda self: FAR)  # type: ignore[assignment]
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        made = super().__new__(cls, "cpu")
+        made.said = FAR if torch.device(device).type == "cuda" else torch.device("cpu")
+        return made
+
+    device = property(lambda self: self.said)  # type: ignore[assignment]
 
 
 class _Makes(TorchDispatchMode):
@@ -101,6 +108,12 @@ class _Places(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **(kwargs or {}))
         args, kwargs = tuple(map(_place, args)), {k: _place(v) for k, v in (kwargs or {}).items()}
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[0], Far):  # torch makes tensors of what is none
+            whole = lambda i: torch.tensor(list(i)) if isinstance(i, list | range) else i
+            at, rest = args[1], args[2:]
+            if rest and not isinstance(rest[0], Tensor):
+                rest = (torch.tensor(rest[0], dtype=args[0].dtype).to(WITHIN),)
+            args = (args[0], tuple(map(whole, at)) if isinstance(at, tuple) else whole(at), *rest)
         if func is Tensor.new_tensor and isinstance(args[0], Far):
             func, args, kwargs = torch.tensor, args[1:], {"dtype": args[0].dtype, "device": WITHIN, **kwargs}
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == WITHIN:  # no operations
@@ -140,15 +153,13 @@ def pretended() -> Iterator[None]:
     made = dict(_lazy_init=lambda: None, is_available=lambda: True, device_count=lambda: 1, synchronize=lambda *_: None)
     made |= dict(current_device=lambda: 0, set_device=lambda *_: None, manual_seed_all=lambda *_: None)
     made |= dict(get_device_capability=lambda *_: (8, 0), get_device_name=lambda *_: "no GPU", empty_cache=lambda: None)
-    plain = torch.Generator
-    generator = lambda device="cpu": _Generator() if torch.device(device).type == "cuda" else plain()
     asked = {f"_{which}_graph_capture_health_check": lambda self: None for which in ("accelerator", "cuda")}
     try:
         with (
             patch.multiple(torch.optim.Optimizer, create=True, **asked),
             patch.multiple(torch.inference_mode, __enter__=_enter, __exit__=_exit),  # a view of ours has no place in it
             patch.multiple(torch.cuda, **made),
-            patch.object(torch, "Generator", generator),
+            patch.object(torch, "Generator", _Generator),
             patch.object(nn.Module, "_apply", _moved),
             torch.autograd.set_multithreading_enabled(False),
             _Places(),

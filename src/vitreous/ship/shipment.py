@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 import shutil
@@ -135,8 +136,8 @@ def ship_all(
         present = [file for file in files(path) if replaceable(file).exists()]
         if present and not overwrite:
             raise VitreousError(f"{present[0]} exists: choose another name, or ask to overwrite it")
-    if any(p.device.type != "cpu" for p in model.parameters()):
-        raise VitreousError("the model is not on the CPU: call model.cpu() before shipping it")
+    if any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers())):
+        model = copy.deepcopy(model).cpu()  # files are written and checked where they mostly run
     images = _images(model, example, -(-IMAGES // (batch or 1)) * (batch or 1))
     with EXPORTING, _evaluating(model):
         inner, sides = plain(model), None
