@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import timm
 from families import FAMILIES, timm_model
 from small_models import SMALL
+from test_own_models import Encoder, Unnamed
 
 import vitreous as vt
 from vitreous.prove.machine import describe
@@ -39,6 +40,11 @@ EXPLAINED = ("rollout", "grad_cam", "lrp", "occlusion")
 PYRAMID = dict(img_size=64, num_classes=7)
 # timm's families beside those that the tests have, and of our own one of each kind
 MORE: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "hand-written, TransformerEncoder": (lambda: Encoder().eval(), 32),
+    "hand-written, tokens before images": (lambda: Encoder(batch_first=False).eval(), 32),
+    "hand-written, class token last": (lambda: Encoder(first=False).eval(), 32),
+    "hand-written, attention of any name": (lambda: Unnamed().eval(), 32),
+    "hand-written, keys shared by heads": (lambda: Unnamed(kv=2).eval(), 32),
     "timm ViT": (lambda: timm_model("vit_tiny_patch16_224"), 32),
     "timm DeiT": (lambda: timm_model("deit_tiny_patch16_224"), 32),
     "timm DeiT, distilled": (lambda: timm_model("deit_tiny_distilled_patch16_224"), 32),
