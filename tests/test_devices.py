@@ -139,7 +139,7 @@ def test_steps(name: str, where: str, gpu: str) -> None:
 @pytest.mark.parametrize("name", some(["uniform", "subnet", "sorted"], "sorted"))
 def test_subnets(name: str, gpu: str) -> None:
     def cut(model: nn.Module, x: Tensor) -> Tensor:
-        model = sort_units(model, x) if name == "sorted" else model
+        model = sort_units(model) if name == "sorted" else model
         return Subnet.of(Space.of(model, 2, width=0.5 if name == "subnet" else 1.0).smallest).apply(model)(x)
 
     alike(cut(small_vit().to(gpu), images().to(gpu)), cut(small_vit(), images()))
