@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import vitreous as vt
 from vitreous import VitreousError
 from vitreous.models import load_official, variants
+from vitreous.models.classifier import init_weights
+from vitreous.models.undrawn import Undrawn
 
 SMALL = dict(embed_dim=32, depth=1, num_heads=2)
 
@@ -44,3 +47,10 @@ def test_open_says_which_size_to_pass(tmp_path: Path) -> None:
 
 def test_variants_are_known_as_reference_outputs_call_them() -> None:
     assert {f"spectformer--h_{size}" for size in "sbl"} <= set(variants())
+
+
+def test_what_a_checkpoint_brings_is_not_drawn_first() -> None:
+    random = torch.get_rng_state()
+    with Undrawn():
+        nn.Sequential(nn.Linear(8, 8), nn.Conv2d(3, 8, 3)).apply(init_weights)
+    assert torch.equal(random, torch.get_rng_state())

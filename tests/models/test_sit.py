@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shapes
 import timm
 import torch
 from support import golden, official_state
 from torch import Tensor, nn
 
 from vitreous import VitreousError, read, slim, traced
-from vitreous.macs import CountMacs
 from vitreous.models import sit
 from vitreous.models.official import load_official, variants
 from vitreous.prove.cost import macs
@@ -31,13 +31,6 @@ def small(**kwargs: Any) -> nn.Module:
         if p.ndim > 1:
             nn.init.normal_(p, std=0.15)
     return model.eval()
-
-
-def giga_macs(model: nn.Module) -> float:
-    """Of one image, counted without computing it."""
-    with CountMacs() as counter:
-        model(torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta"))
-    return counter.total / 1e9
 
 
 @pytest.fixture
@@ -75,11 +68,10 @@ def test_official_output() -> None:
 )
 def test_published_sizes(name: str, millions: float, giga: float) -> None:
     """Parameters without the reverse modules, and MACs, of the README's table (the aux head counts in it)."""
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
+    model = shapes.on_paper(name)
     parameters = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("rtsm"))
     assert parameters / 1e6 == pytest.approx(millions, rel=0.015)
-    assert giga_macs(model) == pytest.approx(giga, rel=0.06)
+    assert shapes.macs(model) / 1e9 == pytest.approx(giga, rel=0.06)
     variant = name.removeprefix("sit_lvvit_")
     assert f"sit--{variant}" in variants()
 
