@@ -125,8 +125,9 @@ def test_shared_keys_are_attention_too() -> None:
         answers = model(X)
     assert [tuple(a.shape) for a in g.attention] == [(2, 4, 16, 16)] * 2
     assert torch.allclose(answers, model(X), atol=1e-5)
+    maps = vt.see.rollout(model, X)
     vt.read(model, grid=(4, 4), prefix=0)
-    assert vt.see.rollout(model, X).shape == (2, 4, 4)
+    assert maps.shape == (2, 4, 4) and torch.equal(vt.see.rollout(model, X), maps)
 
 
 class Wide(Unnamed):

@@ -40,10 +40,8 @@ def grid_of(model: nn.Module, x: Tensor, purpose: str) -> tuple[Anatomy, tuple[i
         )
     grid = grid_seen(model, x, anatomy)
     if grid is None:
-        raise VitreousError(
-            f"{purpose} needs one grid of patches, and {anatomy.kind} tells of none: tell it by vitreous.read(model, grid=(rows, "
-            "columns), prefix=…), or use see.grad_cam"
-        )
+        tell = "tell it by vitreous.read(model, grid=(rows, columns), prefix=…), or " if _alike(anatomy) else ""
+        raise VitreousError(f"{purpose} needs one grid of patches, and {anatomy.kind} tells of none: {tell}use see.grad_cam")
     refuse_vast(model, x)
     return replace(anatomy, grid=grid), grid
 
@@ -75,15 +73,20 @@ def grid_seen(model: nn.Module, x: Tensor, anatomy: Anatomy) -> tuple[int, int] 
     """Rows and columns of the patches that enter the first attention for images like `x`, found out by running up to there.
 
     Rows times columns and the prefix are the tokens that enter; which rows and columns is told by the convolution that made them,
-    else by the proportions of the image. Where the anatomy knows no grid, blocks must be plain, and the convolution tell it. None
-    where it cannot be told.
+    else by the proportions of the image. Where the anatomy knows no grid, the convolution alone tells it. None where nothing
+    does, or attention does not see one sequence of it.
     """
-    if anatomy.grid is None and not anatomy.plain:
+    if anatomy.grid is None and (anatomy.behind or not _alike(anatomy)):
         return None
     key, known = (tuple(x.shape[1:]), anatomy.grid, anatomy.prefix), _SEEN.setdefault(model, {})
     if key not in known:
         known[key] = _find_grid(model, x[:1], anatomy, anatomy.grid)
     return known[key]
+
+
+def _alike(anatomy: Anatomy) -> bool:
+    """Whether the blocks may all work on one grid, as those of a pyramid do not."""
+    return len({b.why_not for b in anatomy.blocks}) == 1 and len({s.reduction for s in anatomy.stages if s.blocks}) < 2
 
 
 def _find_grid(model: nn.Module, x: Tensor, anatomy: Anatomy, told: tuple[int, int] | None) -> tuple[int, int] | None:
