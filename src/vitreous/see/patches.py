@@ -85,8 +85,9 @@ def grid_seen(model: nn.Module, x: Tensor, anatomy: Anatomy) -> tuple[int, int] 
 
 
 def _alike(anatomy: Anatomy) -> bool:
-    """Whether the blocks may all work on one grid, as those of a pyramid do not."""
-    return len({b.why_not for b in anatomy.blocks}) == 1 and len({s.reduction for s in anatomy.stages if s.blocks}) < 2
+    """Whether the blocks may all work on one grid, as those of a pyramid do not, and of convolutions that end in attention."""
+    one_stage = len({s.reduction for s in anatomy.stages}) < 2 and all(s.blocks for s in anatomy.stages)
+    return one_stage and len({b.why_not for b in anatomy.blocks}) == 1
 
 
 def _find_grid(model: nn.Module, x: Tensor, anatomy: Anatomy, told: tuple[int, int] | None) -> tuple[int, int] | None:
