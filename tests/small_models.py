@@ -255,7 +255,7 @@ SMALL: dict[str, Small] = {
     "chada-vit": Small("chada_vit_moyen", dict(img_size=64, embed_dim=32, depth=2, hidden_dim=64)),
     "gmm-attention": Small(
         "gmm_vit_cifar",
-        dict(embed_dim=24, num_heads=2),
+        dict(embed_dim=24, depth=4, num_heads=2),
         side=32,
         other_side=None,
         resized=dict(img_size=48, patch_size=4),
@@ -293,7 +293,7 @@ SMALL: dict[str, Small] = {
     ),
     "patch-scaling": Small(
         "patch_scaling_tiny_patch4_64",
-        dict(patch_size=8, embed_dim=24, num_heads=2, checkpoint_tokens=16),
+        dict(patch_size=8, embed_dim=24, depth=4, num_heads=2, checkpoint_tokens=16),
         other_side=None,
         resized=dict(img_size=96),
     ),

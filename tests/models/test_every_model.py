@@ -117,6 +117,11 @@ def test_pyramids_give_their_maps(system: str) -> None:
     torch.testing.assert_close(first, maps[0])
 
 
+@pytest.mark.parametrize("system, given", [("gmm-attention", dict(depth=2)), ("msvmamba", dict(depths=(1, 1)))])
+def test_a_pyramid_of_fewer_stages_gives_fewer_maps(system: str, given: dict[str, Any]) -> None:
+    assert len(SMALL[system].make(features_only=True, **given)(SMALL[system].images())) == 2
+
+
 @EVERY
 def test_other_sizes_of_images(system: str) -> None:
     small = SMALL[system]

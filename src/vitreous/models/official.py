@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -39,6 +40,16 @@ def family(system: str, build: Build, convert: Convert, told: Told) -> None:
     _families[system] = build, convert, told
 
 
+def _maps(cls: type[nn.Module], given: Mapping[str, Any], maps: int) -> int:
+    """How many maps a network of these arguments gives, where they are asked for: as many as it has stages, not as published."""
+    if not given.get("features_only"):
+        return maps
+    own = {k: v for k, v in given.items() if k not in ("features_only", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    with suppress(Exception), torch.device("meta"):  # what cannot be made without numbers is as published
+        return len(cast(Any, cls(**own)).feature_info)
+    return maps
+
+
 def publish(
     cls: type[nn.Module],
     name: str,
@@ -59,7 +70,10 @@ def publish(
     """
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        features = dict(out_indices=tuple(range(maps)), feature_cls="getter") if hasattr(cls, "forward_intermediates") else None
+        features = None
+        if hasattr(cls, "forward_intermediates"):
+            given = {**arguments, **kwargs}
+            features = dict(out_indices=tuple(range(_maps(cls, given, maps))), feature_cls="getter")
         return cast(nn.Module, build_model_with_cfg(cls, name, pretrained, feature_cfg=features, **{**arguments, **kwargs}))
 
     whole = dict(
