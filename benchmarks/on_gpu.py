@@ -37,7 +37,7 @@ class Job:
 def plan(a: argparse.Namespace, left: int) -> dict[str, Job]:
     data, out, weights = a.data, a.out, a.dinov2
     script = lambda name: f"{sys.executable} {HERE / name}"
-    tests = "tests/ship/test_inductor.py tests/prune/test_zeros.py tests/test_cuda.py"
+    tests = "tests/test_cuda.py tests/test_devices.py tests/pretrain/test_devices.py"
     until = f"--device cuda --seconds {left}"
     learn = f"{script('learn.py')} queue --data {data} --results {out}/learn-large.json --kept {out}/learn --scale large"
     net = f"{script('supernet.py')} queue --only proxies widths supernet stitched --data {data} --kept {out}/learn"

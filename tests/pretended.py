@@ -29,13 +29,13 @@ class Far(Tensor):
     held: Tensor
     device = property(lambda self: FAR)
     is_cuda, is_cpu, is_meta = (property(lambda self, said=said: said) for said in (True, False, False))
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Far:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=WITHIN
-        )
+        make: Any = getattr(Tensor, "_make_wrapper_subclass")  # noqa: B009  torch's stubs do not tell of it
+        layout = dict(strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype)
+        return make(cls, held.shape, **layout, device=WITHIN)
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
@@ -66,7 +66,7 @@ def there(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
     far = any(isinstance(t, Far) for t in tensors)
     if far and any(t.device == WITHIN and not isinstance(t, Far) for t in tensors):
-        raise NotImplementedError(f"{name} of a number that this pretence has lost")
+        raise RuntimeError(f"{name} of a tensor that torch made behind the pretence: its numbers are nowhere")
     wanted = kwargs.get("device")
     if far and any(not isinstance(t, Far) and t.ndim for t in tensors):
         first = next(t for t in tensors if t.ndim or isinstance(t, Far))
@@ -95,7 +95,8 @@ class _Generator(torch.Generator):
         made.said = FAR if torch.device(device).type == "cuda" else torch.device("cpu")
         return made
 
-    device = property(lambda self: self.said)  # type: ignore[assignment]
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__("said" if name == "device" else name)
 
 
 class _Makes(TorchDispatchMode):

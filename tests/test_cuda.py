@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import vitreous as vt
 from vitreous.prune.two_four import on_tensor_cores
-from vitreous.ship.inductor import load_inductor, ship_inductor
+from vitreous.ship.inductor import SHAPES, load_inductor, ship_inductor
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -114,6 +115,22 @@ def test_compiled_ahead(dtype: torch.dtype, tmp_path: Path) -> None:
         for n in (1, 2, 5, 8):
             off = (run(x[:n]).float() - model(x[:n])).norm() / model(x[:n]).norm()
             assert off < {torch.float32: 1e-3, torch.float16: 1e-2}.get(dtype, 5e-2)
+
+
+def test_what_is_recorded_on_a_gpu_is_what_is_launched(tmp_path: Path) -> None:
+    model = vt.slim(small_vit(), vt.tokens.ToMe(r=2)).cuda()
+    x = torch.randn(SHAPES + 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()
+    ship_inductor(model, tmp_path / "m.pt2", x[:4], dtype=torch.float32)
+    recorded, launched = load_inductor(tmp_path / "m.pt2"), load_inductor(tmp_path / "m.pt2", graphs=False)
+    with torch.no_grad():
+        first = recorded(x[:1])
+        for n in [*range(1, len(x) + 1), 1]:  # more sizes than are held, and one that was let go
+            assert torch.allclose(recorded(x[:n]), launched(x[:n]), atol=1e-5)
+            assert torch.allclose(recorded(x[-n:]), model(x[-n:]), atol=1e-4)
+        assert torch.allclose(first, model(x[:1]), atol=1e-4)  # an answer stays when others are computed
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(recorded, [x[i : i + 1] for i in range(len(x))] * 4))
+        assert torch.allclose(torch.cat(answers), model(x).repeat(4, 1), atol=1e-4)
 
 
 def test_two_of_four_in_its_kernels() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from support import small_vit
 from torch import nn
 
-import vitreous as vt
 from vitreous.errors import VitreousError
-from vitreous.ship.inductor import SHAPES, load_inductor, ship_inductor
+from vitreous.ship.inductor import load_inductor, ship_inductor
 
 X = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -36,20 +33,3 @@ def test_a_package_computes_in_its_precision_and_is_checked(tmp_path: Path, monk
     with pytest.raises(VitreousError, match=r"\.pt2"):
         ship_inductor(model, tmp_path / "m.so", X)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.pt2", "m.pt2"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
-def test_what_is_recorded_on_a_gpu_is_what_is_launched(tmp_path: Path) -> None:
-    model = vt.slim(small_vit(), vt.tokens.ToMe(r=2)).cuda()
-    x = torch.randn(SHAPES + 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).cuda()
-    ship_inductor(model, tmp_path / "m.pt2", x[:4], dtype=torch.float32)
-    recorded, launched = load_inductor(tmp_path / "m.pt2"), load_inductor(tmp_path / "m.pt2", graphs=False)
-    with torch.no_grad():
-        first = recorded(x[:1])
-        for n in [*range(1, len(x) + 1), 1]:  # more sizes than are held, and one that was let go
-            assert torch.allclose(recorded(x[:n]), launched(x[:n]), atol=1e-5)
-            assert torch.allclose(recorded(x[-n:]), model(x[-n:]), atol=1e-4)
-        assert torch.allclose(first, model(x[:1]), atol=1e-4)  # an answer stays when others are computed
-        with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(recorded, [x[i : i + 1] for i in range(len(x))] * 4))
-        assert torch.allclose(torch.cat(answers), model(x).repeat(4, 1), atol=1e-4)
