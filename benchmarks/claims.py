@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
-import os
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lessons.bench import read
+from side_by_side import failed, work_through, written
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -101,14 +100,15 @@ def slimmed(model: nn.Module, arm: Arm, images: Tensor) -> nn.Module:
 _held: dict[str, Any] = {}
 
 
-def _begin(a: argparse.Namespace) -> None:
-    """What each process holds: the pictures, on the device."""
+def _begin(a: argparse.Namespace) -> Callable[[tuple[str, int]], dict[str, Any]]:
+    """Each process holds the pictures, on the device."""
     torch.set_num_threads(a.threads)
     torch.set_float32_matmul_precision("high")
     train = read(a.data / "train", a.train, a.kept / f"train-{a.train}.npz")
     test = read(a.data / "test", a.test, a.kept / f"test-{a.test}.npz")
     large = torch.cat([enlarged(part.to(a.device)) for part in train[0].split(1000)])
     _held.update(a=a, train=(large, train[1].to(a.device)), test=test)
+    return _do
 
 
 def _answers(model: nn.Module) -> np.ndarray:
@@ -139,18 +139,19 @@ def _taught(model: nn.Module, teacher: nn.Module | None, given: dict[str, Any]) 
     return vt.train(model, _held["train"], **given) if teacher is None else vt.heal(model, teacher, _held["train"], **given)
 
 
-def _base(seed: int) -> dict[str, Any]:
+def _do(job: tuple[str, int]) -> dict[str, Any]:
+    name, seed = job
+    if name != "original":
+        return _arm(name, seed)
     a = _held["a"]
-    path, answers = a.kept / f"original-{seed}.safetensors", a.kept / f"original-{seed}.npy"
-    if not answers.exists():
-        model = _teach(original(a.dinov2), a.first, a.lr, seed, None)
-        vt.save(model, path)
-        np.save(answers, _answers(model))
+    model = _teach(original(a.dinov2), a.first, a.lr, seed, None)
+    vt.save(model, a.kept / f"original-{seed}.safetensors")
+    np.savez(a.kept / f"answers-original-{seed}.npz", healed=_answers(model))
     return {}
 
 
 def _arm(name: str, seed: int) -> dict[str, Any]:
-    a, arm, began = _held["a"], ARMS[name], time.monotonic()
+    a, arm = _held["a"], ARMS[name]
     whole = vt.load(a.kept / f"original-{seed}.safetensors")
     place = a.device if "NViT" in arm.steps else "cpu"  # its gradients take long
     some = _held["train"][0][:64].to(place)
@@ -160,55 +161,33 @@ def _arm(name: str, seed: int) -> dict[str, Any]:
     healed = _teach(small, a.epochs * arm.times, a.lr, seed + 1000, whole)
     vt.save(healed, a.kept / f"{name.replace(', ', '-')}-{seed}.safetensors")
     np.savez(a.kept / f"answers-{name}-{seed}.npz", healed=_answers(healed), untrained=untrained)
-    return {"macs": cost, "of": macs(whole, some[:1]), "recipe": arm.steps or str(arm.uniform or ""), "times": arm.times,
-            "seconds": time.monotonic() - began}  # fmt: skip
-
-
-def _run(name: str, seed: int) -> dict[str, Any] | str:
-    try:
-        return _base(seed) if name == "original" else _arm(name, seed)
-    except Exception:  # what fails is printed, and the others go on
-        return traceback.format_exc()
+    return {"macs": cost, "of": macs(whole, some[:1]), "recipe": arm.steps or str(arm.uniform or ""), "times": arm.times}
 
 
 def queue(a: argparse.Namespace) -> None:
-    """The originals first, then every arm with every seed that is not there yet; none is begun after `--seconds`."""
+    """The originals first, then every arm with every seed that is not there yet, until `--seconds` are over: then what runs is
+    given up."""
     for part, n in (("train", a.train), ("test", a.test)):
         read(a.data / part, n, a.kept / f"{part}-{n}.npz")  # decoded once, not by every process
     found: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
     labels, until = np.load(a.kept / f"test-{a.test}.npz")["y"], time.monotonic() + a.seconds
-    left = [(n, s) for s in range(a.seeds) for n in ("original", *(a.only or ARMS)) if n == "original" or f"{n}/{s}" not in found]
     device = torch.cuda.get_device_name() if a.device == "cuda" else describe()["cpu"]
     stamp = {"device": device, "torch": torch.__version__, "timm": timm.__version__, "date": time.strftime("%Y-%m-%d")}
     stamp |= {k: getattr(a, k) for k in ("first", "epochs", "lr", "batch", "train", "test")}
-    running: dict[Any, tuple[str, int]] = {}
-    ready: set[int] = set()
-    with ProcessPoolExecutor(a.processes, multiprocessing.get_context("spawn"), _begin, (a,)) as pool:
-        while True:
-            for job in [j for j in left if j[0] == "original" or j[1] in ready]:
-                if len(running) < a.processes and time.monotonic() < until:
-                    left.remove(job)
-                    running[pool.submit(_run, *job)] = job
-            if not running:
-                break
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                (name, seed), made = running.pop(done), done.result()
-                if isinstance(made, str):
-                    print(f"{name}, seed {seed}: FAILED\n{made}", flush=True)
-                    continue
-                if name == "original":
-                    ready.add(seed)
-                    made = {"healed": int((np.load(a.kept / f"original-{seed}.npy") == labels).sum())}
-                else:
-                    answers = np.load(a.kept / f"answers-{name}-{seed}.npz")
-                    made |= {k: int((answers[k] == labels).sum()) for k in ("healed", "untrained")}
-                found[f"{name}/{seed}"] = made | stamp
-                _pair(found, a.kept, labels)
-                aside = a.results.with_suffix(".part")
-                aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-                os.replace(aside, a.results)
-                print(f"{name}, seed {seed}: {made}", flush=True)
-    print(f"{len(left)} left")
+    for names in (["original"], a.only or list(ARMS)):
+        started = [s for s in range(a.seeds) if names == ["original"] or f"original/{s}" in found]
+        left = [(n, s) for s in started for n in names if f"{n}/{s}" not in found]
+        for job, made, wrong, seconds in work_through(left, _begin, (a,), a.processes, until):
+            if wrong is not None:
+                failed(a.results, job, wrong, seconds)
+                continue
+            name, seed = job
+            answers = np.load(a.kept / f"answers-{name}-{seed}.npz")
+            right = {k: int((answers[k] == labels).sum()) for k in answers.files}
+            found[f"{name}/{seed}"] = made | right | stamp | {"seconds": seconds}
+            _pair(found, a.kept, labels)
+            written(a.results, found)
+            print(f"{name}, seed {seed}: {found[f'{name}/{seed}']}", flush=True)
 
 
 def _pair(found: dict[str, Any], kept: Path, labels: np.ndarray) -> None:
@@ -258,7 +237,7 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     p.add_argument("--processes", type=int, default=1)
     p.add_argument("--threads", type=int, default=2, help="of each process")
-    p.add_argument("--seconds", type=float, default=1e9, help="start nothing after these")
+    p.add_argument("--seconds", type=float, default=1e9, help="then what runs is given up")
     p.add_argument("--seeds", type=int, default=1)
     p.add_argument("--only", nargs="*", choices=ARMS)
     p.add_argument("--first", type=float, default=6, help="epochs of the original")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import re
 import resource
 import time
@@ -30,9 +29,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from lessons.bench import QUEUE, SCALES, Bench
-from scipy.stats import t as student_t
-from side_by_side import work_through
+from lessons.bench import QUEUE, SCALES, Bench, apart
+from side_by_side import failed, work_through, written
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -66,14 +64,11 @@ def queue(a: argparse.Namespace) -> None:
     for job, arms, wrong, seconds in work_through(left, _begin, given, a.processes, until):
         name, seed = job
         if wrong is not None:
-            a.results.with_name(f"failed-{name}-{a.scale}-{seed}.txt").write_text(wrong)
-            print(f"{name}, seed {seed}: FAILED after {seconds:.0f} s: {wrong.strip().splitlines()[-1][:200]}", flush=True)
+            failed(a.results, (name, a.scale, seed), wrong, seconds)
             continue
         stamp = {"cpu": here["cpu"], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "device": a.device}
         held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = {"arms": arms, "seconds": seconds, **stamp}
-        aside = a.results.with_suffix(".part")
-        aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
-        os.replace(aside, a.results)
+        written(a.results, held)
         print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
     print(f"{sum(str(s) not in held.get(n, {}).get(a.scale, {}) for n, s in left)} left", flush=True)
 
@@ -89,15 +84,8 @@ def table(name: str, scale: str, runs: dict[str, Any]) -> str:
     heads = ["", "gradients", f"{first} %", "Δ [95 %]", *figures[1:]]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm, found in arms.items():
-        apart = values[arm][first] - values[baseline][first]
-        n, shown = len(seeds), "–"
-        if arm != baseline and not arm.startswith("("):
-            if n > 2:
-                half = student_t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5
-            else:
-                shares = [values[a][first].mean() / 100 for a in (arm, baseline)]
-                half = 196 * (sum(p * (1 - p) for p in shares) / SCALES[scale].test / n) ** 0.5
-            shown = f"{apart.mean():+.1f} [{apart.mean() - half:+.1f}, {apart.mean() + half:+.1f}]"
+        judged = arm != baseline and not arm.startswith("(")
+        shown = apart(values[arm][first] / 100, values[baseline][first] / 100, SCALES[scale].test) if judged else "–"
         cost = f"{found['gradients']:g} ×" if "gradients" in found else "–"
         rest = ["–" if np.isnan(v := values[arm][k].mean()) else f"{v:.3g}" for k in figures[1:]]
         rows.append("| " + " | ".join([arm, cost, f"{values[arm][first].mean():.1f}", shown, *rest]) + " |")

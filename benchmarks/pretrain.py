@@ -16,16 +16,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import time
-import traceback
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lessons.bench import apart
 from pretraining import (
     ALONE,
     DUAL,
@@ -38,132 +36,57 @@ from pretraining import (
     SINGLE,
     SUPERVISED,
     Bench,
-    TimeIsUp,
     pictures,
-    written,
 )
-from scipy.stats import t as student_t
+from side_by_side import failed, work_through, written
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "results" / "pretrain.json"
 
 
-def work(pipe: Connection, a: argparse.Namespace) -> None:
-    """A process: does what it is told, and answers with figures or with a traceback."""
+def _begin(a: argparse.Namespace) -> Callable[[tuple[str, str, int]], Any]:
     torch.set_num_threads(a.threads)
-    bench: Bench | None = None
-    while (task := pipe.recv()) is not None:
-        began, broken = time.monotonic(), False
-        try:
-            bench = bench or Bench(a)
-            found: dict[str, Any] = {"figures": bench.run(*task), "where": bench.where}
-        except TimeIsUp:
-            found = {"stopped": True}
-        except Exception:
-            found = {"failed": traceback.format_exc()}
+    bench = Bench(a)
+
+    def do(job: tuple[str, str, int]) -> Any:
+        found = bench.run(job[0], job[2]), bench.where
         gc.collect()
-        try:
-            if a.device == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.synchronize()
-        except RuntimeError:  # after some errors of the device nothing works any more in this process
-            broken = True
-        pipe.send(found | {"took": time.monotonic() - began})
-        if broken:
-            return
+        torch.cuda.empty_cache()  # of a GPU that others want too
+        return found
 
-
-class Worker:
-    """A process of the queue, what it is at, and how often it had to be started."""
-
-    def __init__(self, a: argparse.Namespace) -> None:
-        self.a, self.task, self.starts = a, None, 0
-        self.start()
-
-    def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, self.a), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.starts += 1
-
-    def give(self, task: tuple[str, int] | None) -> None:
-        self.task = task
-        with suppress(OSError):  # it has died; `answer` says so
-            self.pipe.send(task)
-
-    def answer(self) -> dict[str, Any]:
-        self.task = None
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(5)
-            said = {"failed": f"the process died, exit code {self.process.exitcode}", "took": 0.0}
-            if self.starts < 4:
-                self.start()
-            return said
+    return do
 
 
 def queue(a: argparse.Namespace) -> None:
-    """Every arm with every seed that the results have not yet, until `--seconds` are over."""
+    """Every arm with every seed that the results have not yet, until `--seconds` are over: then what runs is given up."""
     held: dict[str, Any] = json.loads(a.results.read_text()) if a.results.exists() else {}
-    errors = a.results.with_suffix(".errors.txt")
-    a.until = time.time() + a.seconds
+    a.results.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + a.seconds
     if a.data is not None:
         pictures(a)  # read once, not by every process
     # POA's arms judge several models, and come first
     names = a.only or [POA, ALONE, SHARE, DUAL, SINGLE, *(n for n in METHODS if n != POA and (n != FEATURES or a.dinov2))]
-    left = [(n, s) for s in range(a.seeds) for n in names if str(s) not in held.get(n, {}).get(a.scale, {})]
-    took: dict[str, float] = {}
-    workers = [Worker(a) for _ in range(min(a.processes, len(left)))]
+    left = [(n, a.scale, s) for s in range(a.seeds) for n in names if str(s) not in held.get(n, {}).get(a.scale, {})]
     stamp = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "budget": a.budget, "device": a.device}
-    while workers:
-        for worker in workers:
-            fits = [t for t in left if time.time() + took.get(t[0], 0.0) < a.until]
-            if worker.task is None and fits and worker.process.is_alive():
-                left.remove(fits[0])
-                worker.give(fits[0])
-        busy = {w.pipe: w for w in workers if w.task is not None}
-        if not busy or time.time() > a.until + 30:
-            break
-        for pipe in wait(list(busy), timeout=5):
-            worker = busy[pipe]
-            assert worker.task is not None
-            (name, seed), found = worker.task, worker.answer()
-            if "figures" in found:
-                took[name] = found["took"]
-                figures = {"figures": found["figures"], "seconds": found["took"], "where": found["where"], **stamp}
-                held.setdefault(name, {}).setdefault(a.scale, {})[str(seed)] = figures
-                written(a.results, held)
-            elif "failed" in found:
-                with errors.open("a") as file:
-                    file.write(f"{name}, seed {seed}, {a.scale} on {a.device}\n{found['failed']}\n")
-            said = next((k for k in ("failed", "stopped") if k in found), "done")
-            print(f"{name}, seed {seed}: {said}, {found['took']:.0f} s", flush=True)
-            if said == "failed":
-                print(found["failed"].strip().splitlines()[-1], flush=True)
-    for worker in workers:
-        worker.process.kill()
-        worker.process.join()
-    print(f"{len(left)} not begun")
+    for job, found, wrong, seconds in work_through(left, _begin, (a,), a.processes, until):
+        if wrong is not None:
+            failed(a.results, job, wrong, seconds)
+            continue
+        name, scale, seed = job
+        figures = {"figures": found[0], "seconds": seconds, "where": found[1], **stamp}
+        held.setdefault(name, {}).setdefault(scale, {})[str(seed)] = figures
+        written(a.results, held)
+        print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
+    print(f"{sum(str(s) not in held.get(n, {}).get(a.scale, {}) for n, _, s in left)} left", flush=True)
 
 
 # ---- the tables
 
 
 def interval(ours: list[float], theirs: list[float], images: int) -> str:
-    """How far apart shares are, in points, with 95 %: paired by seed (Student's t), of fewer than three seeds by the test
-    images alone, as if they were not the same."""
+    """Of the seeds that both have; see `apart`."""
     n = min(len(ours), len(theirs))
-    if not n:
-        return "–"
-    apart = 100 * (np.array(ours[:n]) - np.array(theirs[:n]))
-    if n > 2:
-        half = student_t.ppf(0.975, n - 1) * apart.std(ddof=1) / n**0.5
-    else:
-        half = 196 * (sum(p * (1 - p) for p in (np.mean(ours), np.mean(theirs))) / images / n) ** 0.5
-    return f"{apart.mean():+.1f} [{apart.mean() - half:+.1f}, {apart.mean() + half:+.1f}]"
+    return apart(np.array(ours[:n]), np.array(theirs[:n]), images) if n else "–"
 
 
 def tables(a: argparse.Namespace) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lessons.bench import drawn, read
+from side_by_side import written
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -93,8 +92,8 @@ class Pixels(EVA):
         return {"pixels": F.mse_loss(self.predict(now.model, now.parts, batch.images, mask).float(), target.float())}
 
 
-class TimeIsUp(Exception):
-    """The queue's seconds are over, or a step has been timed often enough."""
+class Timed(Exception):
+    """A step has been timed often enough."""
 
 
 class Bench:
@@ -130,8 +129,6 @@ class Bench:
         """Called after each step: waits while another process times its own."""
         with self.locked(fcntl.LOCK_SH):
             pass
-        if time.time() > self.a.until:
-            raise TimeIsUp
 
     def now(self) -> float:
         if self.a.device == "cuda":
@@ -164,9 +161,9 @@ class Bench:
             then()
             at.append(self.now())
             if len(at) >= steps and at[-1] - at[0] >= seconds:
-                raise TimeIsUp
+                raise Timed
 
-        with suppress(TimeIsUp):
+        with suppress(Timed):
             run(epochs=1e6, progress=tick)
         return at
 
@@ -316,9 +313,3 @@ def pictures(a: argparse.Namespace) -> Any:
         x, y = drawn(s.pool)
         return (x[: s.pool], y[: s.pool]), (x[s.pool :], y[s.pool :])
     return [read(a.data / part, n, a.kept / f"{part}-{n}.npz") for part, n in (("train", s.pool), ("test", s.test))]
-
-
-def written(path: Path, held: Any) -> None:
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    aside.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n")
-    os.replace(aside, path)

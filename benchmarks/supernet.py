@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from lessons.bench import Pair, read
 from scipy.stats import kendalltau, rankdata
-from side_by_side import work_through
+from side_by_side import failed, work_through, written
 from torch import nn
 
 import vitreous as vt
@@ -193,13 +192,12 @@ def queue(a: argparse.Namespace) -> None:
     for job, made, wrong, seconds in work_through(left, _begin, (a,), a.processes, time.monotonic() + a.seconds):
         name, seed, i = job
         if wrong is not None:
-            a.results.with_name(f"failed-{name}-{seed}-{i}.txt").write_text(wrong)
-            print(f"{name}, seed {seed}, {i}: FAILED: {wrong.strip().splitlines()[-1][:200]}", flush=True)
+            failed(a.results, job, wrong, seconds)
             continue
         print(f"{name}, seed {seed}, {i}: {seconds:.0f} s", flush=True)
         if name == "proxies":
             rows[of_net(seed, i)] = made
-            whole(beside, rows)
+            written(beside, rows)
             mine = [rows[of_net(seed, j)] for j in range(NETS) if of_net(seed, j) in rows]
             if len(mine) < NETS:
                 continue
@@ -207,13 +205,7 @@ def queue(a: argparse.Namespace) -> None:
         stamp = {"cpu": describe()["cpu"], "device": a.device, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
         stamp |= {"epochs": a.epochs, "seconds": seconds, "data": Path(a.data).name}
         held.setdefault(name, {})[str(seed)] = {"arms": made, **stamp}
-        whole(a.results, held)
-
-
-def whole(path: Path, found: Any) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    os.replace(aside, path)
+        written(a.results, held)
 
 
 def tables(a: argparse.Namespace) -> None:
