@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import vitreous as vt
@@ -96,6 +98,17 @@ def test_a_class_token_behind_the_patches_is_not_taken_for_one_before_them() -> 
     size = dict(image_size=32, patch_size=8, num_classes=7, dim=48, depth=1, heads=3, mlp_dim=96, num_register_tokens=4)
     with pytest.raises(VitreousError, match="4 of 20 tokens"):
         vt.see.rollout(registers.SimpleViT(**size).eval(), X)
+
+
+def test_a_configuration_that_tells_of_fewer_tokens_is_not_believed() -> None:
+    size = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8)
+    model: Any = transformers.ViTForImageClassification(transformers.ViTConfig(**size, num_labels=7)).eval()
+    assert vt.read(model).grid == (4, 4)
+    model = copy.deepcopy(model)
+    more = torch.randn(1, 3, 48)
+    model.vit.embeddings.register_forward_hook(lambda _, __, x: torch.cat([x, more.expand(len(x), -1, -1)], 1))
+    with pytest.raises(VitreousError, match="3 of 20 tokens, no patches, behind the patches"):
+        vt.see.rollout(model, X)
 
 
 def test_tokens_before_images_are_shown_when_the_grid_is_told_and_refused_with_the_reason() -> None:

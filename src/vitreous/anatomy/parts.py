@@ -92,7 +92,7 @@ def parts(block: nn.Module, attention: nn.Module) -> tuple[nn.Module, Position |
     x = (1e-3 * torch.randn(2, prefix + patches, _width(block, attention), generator=draw)).to(reference)
     given = {} if position is None else position.example(attention, patches, x, draw)
     why = NotPlain("it computes something else than attention then MLP, each pre-norm with a residual")
-    with _still(block), torch.no_grad():
+    with resting(block), torch.no_grad():
         try:
             calls, out = _watch(block, x, given)
         except Exception as error:  # a stranger's block may fail in any way on a plain sequence; that is the answer
@@ -131,7 +131,7 @@ def _near(ours: Tensor, theirs: Tensor, given: Tensor | None = None) -> bool:
     return bool((ours - theirs).abs().max() <= tolerance + 1e-12)
 
 
-class _still:
+class resting:
     """The modules of a block in eval mode for a while."""
 
     def __init__(self, block: nn.Module) -> None:

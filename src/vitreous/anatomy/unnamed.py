@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .parts import _still, run
+from .parts import resting, run
 
 TOKENS = 5
 
@@ -37,9 +37,8 @@ def unnamed(model: nn.Module) -> list[str]:
         if not name or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             continue
         layers = [m for m in module.children() if isinstance(m, nn.Linear)]
-        odd = (
-            m for m in module.modules() if isinstance(m, nn.Conv2d) or hasattr(m, "watcher")
-        )  # a watched layer notes its inputs
+        # A layer that is watched notes what it is given.
+        odd = (m for m in module.modules() if isinstance(m, nn.Conv2d) or hasattr(m, "watcher"))
         if not layers or next(odd, None) is not None or any(n.startswith(f"{name}.") for n in found):
             continue
         kind = type(module), tuple(p.shape for p in module.parameters())
@@ -52,7 +51,7 @@ def unnamed(model: nn.Module) -> list[str]:
 
 def _attends(module: nn.Module, layer: nn.Linear) -> bool:
     x = torch.randn(1, TOKENS, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight)
-    with _still(module), torch.no_grad(), _Maps() as maps:
+    with resting(module), torch.no_grad(), _Maps() as maps:
         try:
             out = run(module, x, {})
         except Exception:  # a stranger's module may fail in any way on a plain sequence: then it is none that we know

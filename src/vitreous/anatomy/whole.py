@@ -53,6 +53,7 @@ class Whole:
         heads = (n.rpartition(".")[0] for n in pooling)
         self.pooling = [*pooling, *(n for n in heads if n and n not in self.path and n not in blocks)]
         self.behind = ""
+        self.configured: tuple[int, int] | None = None  # the size of images that Hugging Face's configuration tells
         self.around: list[Any] = [self.modules[n] for n in self.path[self.path.index(self.vit_name) :]]
 
     def _wrapped(self) -> Iterator[str]:
@@ -107,11 +108,9 @@ class Whole:
 
     def _counted(self, grid: tuple[int, int] | None, prefix: int) -> bool:
         """Whether as many tokens enter the first block as Hugging Face's configuration and what is known by name make."""
-        size = getattr(getattr(self._first("config"), "vision_config", self._first("config")), "image_size", None)
-        if size is None or grid is None:
+        if self.configured is None or grid is None:
             return True
-        h, w = (size, size) if isinstance(size, int) else size
-        entered = self._entering(h, w)
+        entered = self._entering(*self.configured)
         return entered is None or entered[0].shape[1] == grid[0] * grid[1] + prefix
 
     def _class_token(self) -> bool:
@@ -139,6 +138,7 @@ class Whole:
         config = getattr(config, "vision_config", config)
         if hasattr(config, "patch_size") and hasattr(config, "image_size"):  # Hugging Face
             (h, w), (p, r) = (s if isinstance(s, (tuple, list)) else (s, s) for s in (config.image_size, config.patch_size))
+            self.configured = h, w
             counted = sum(t.shape[-2] if t.ndim > 1 else 1 for t in self._special().values() if t.numel())
             return (h // p, w // r), counted
         if hasattr(m, "image_size") and hasattr(m, "patch_size") and hasattr(m, "class_token"):  # torchvision

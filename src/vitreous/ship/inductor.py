@@ -86,8 +86,8 @@ def ship_inductor(
 def load_inductor(path: str | Path, graphs: bool = True) -> Callable[[Tensor], Any]:
     """The package as a function of images, to a tensor, or a tuple of several. It is compiled code: load what you trust.
 
-    On a GPU what it launches is recorded once for each shape of images (a CUDA graph, NVIDIA 2019) and replayed, for at small
-    batches launching takes longer than computing; the memory of the last `SHAPES` shapes is held. `graphs=False` launches anew.
+    On a GPU what it launches is recorded once for each shape of images (a CUDA graph) and replayed; the memory of the last
+    `SHAPES` shapes is held. `graphs=False` launches anew.
     Threads take turns on a GPU, and run side by side on a processor.
     """
     package = cache(lambda alone: torch._inductor.aoti_load_package(str(path), run_single_threaded=alone))
