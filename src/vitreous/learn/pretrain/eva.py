@@ -13,7 +13,7 @@ from ...anatomy import read
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, need_teacher, objective, positive, share
 from .encode import hiding, patch_tokens, shape
-from .masks import many_blocks, some
+from .masks import blocks, some
 
 
 class FeatureHead(nn.Module):
@@ -78,10 +78,8 @@ class EVA(Objective):
         wanted = round(self.mask * n)
         some(wanted, n, f"EVA: a mask of {self.mask}")
         least = min(self.least, max(1, wanted // 2))
-        mask = many_blocks(grid, torch.full((images,), wanted), torch.full((images,), least))
-        empty = ~mask.flatten(1).any(1)
-        mask[empty] = (torch.rand(int(empty.sum()), n).argsort(1) < wanted).view(-1, *grid)
-        return mask
+        drawn = [blocks(grid, wanted, least) for _ in range(images)]
+        return torch.stack([m if m.any() else (torch.rand(n).argsort() < wanted).view(grid) for m in drawn])
 
     def predict(self, model: nn.Module, parts: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
         """`[hidden, D]` of all hidden patches of `mask [B, h, w]`, one image after the other."""

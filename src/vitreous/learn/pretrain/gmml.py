@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +14,7 @@ from ...anatomy import read
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, final, look, objective, positive
 from .encode import shape
-from .masks import many_rectangles
+from .masks import rectangles
 
 
 class PixelHead(nn.Module):
@@ -76,13 +77,14 @@ class GMML(Objective):
 
     def corrupt(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The pictures with rectangles painted over, and where, `[B, 1, H, W]`."""
-        n, device = len(images), images.device
-        other = torch.rand(n) < (0.5 if n > 1 else 0.0)
-        most = torch.where(other, self.foreign, self.mask)
-        mask = many_rectangles((images.shape[2], images.shape[3]), most, self.align, device=device)[:, None]
-        another = (torch.arange(n) + torch.randint(1, max(n, 2), (n,))) % n
-        paint = torch.where(other.to(device)[:, None, None, None], images[another.to(device)], torch.randn_like(images))
-        return torch.where(mask, paint, images), mask
+        changed, masks = [], []
+        for i, image in enumerate(images):
+            other = len(images) > 1 and random.random() < 0.5
+            mask = rectangles((image.shape[1], image.shape[2]), self.foreign if other else self.mask, self.align)
+            paint = images[(i + random.randrange(1, len(images))) % len(images)] if other else torch.randn(image.shape).to(image)
+            masks.append(mask.to(image.device)[None])
+            changed.append(torch.where(masks[-1], paint, image))
+        return torch.stack(changed), torch.stack(masks)
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         assert now.parts is not None

@@ -31,27 +31,14 @@ def aligned(grid: Grid, cell: int, ratio: float, rng: Any = np.random) -> Tensor
 
     Raises `VitreousError` where the squares do not fill the grid, and where all or none would be hidden.
     """
-    h, w, count = _squares(grid, cell, ratio)
-    coarse = np.zeros(h * w, bool)
-    coarse[rng.permutation(h * w)[:count]] = True
-    return torch.from_numpy(coarse.reshape(h, w).repeat(cell, 0).repeat(cell, 1))
-
-
-def many_aligned(images: int, grid: Grid, cell: int, ratio: float) -> Tensor:
-    """`aligned` for so many images at once, `[images, H, W]`."""
-    h, w, count = _squares(grid, cell, ratio)
-    coarse = torch.rand(images, h * w).argsort(1) < count
-    return coarse.view(-1, h, w).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
-
-
-def _squares(grid: Grid, cell: int, ratio: float) -> tuple[int, int, int]:
-    """Rows and columns of squares, and how many of them are hidden."""
     if any(n % cell for n in grid):
         raise VitreousError(f"a grid of {grid[0]} × {grid[1]} patches cannot be cut into squares of {cell} × {cell}")
     h, w = (n // cell for n in grid)
     count = math.ceil(ratio * h * w)
     some(count * cell**2, h * w * cell**2, f"a mask of {ratio} in squares of {cell} × {cell} patches")
-    return h, w, count
+    coarse = np.zeros(h * w, bool)
+    coarse[rng.permutation(h * w)[:count]] = True
+    return torch.from_numpy(coarse.reshape(h, w).repeat(cell, 0).repeat(cell, 1))
 
 
 def blocks(grid: Grid, target: int, least: int = 16, most: int | None = None, rng: Any = random) -> Tensor:
@@ -79,30 +66,6 @@ def blocks(grid: Grid, target: int, least: int = 16, most: int | None = None, rn
     return torch.from_numpy(mask)
 
 
-def many_blocks(grid: Grid, targets: Tensor, least: Tensor) -> Tensor:
-    """`blocks` for many images at once, `[B, H, W]`, of `targets [B]` and `least [B]`; an image's target of 0 hides nothing."""
-    h, w = grid
-    mask, failed = torch.zeros(len(targets), h, w, dtype=torch.bool), torch.zeros_like(targets)
-    rows, columns = torch.arange(h), torch.arange(w)
-    while (live := ((room := targets - mask.flatten(1).sum(1)) > 0) & (failed < 10)).any():
-        draw = torch.rand(4, len(targets))
-        area = (least + draw[0] * (room - least)).clamp_min(0)
-        aspect = (math.log(0.3) * (1 - 2 * draw[1])).exp()
-        tall, wide = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top, left = (draw[2] * (h - tall + 1)).floor(), (draw[3] * (w - wide + 1)).floor()
-        drawn = _within(rows, top, tall)[:, :, None] & _within(columns, left, wide)[:, None]
-        new = (drawn & ~mask).flatten(1).sum(1)
-        taken = live & (tall < h) & (wide < w) & (new > 0) & (new <= room)
-        mask |= drawn & taken[:, None, None]
-        failed = torch.where(taken, 0, failed + 1)
-    return mask
-
-
-def _within(places: Tensor, first: Tensor, length: Tensor) -> Tensor:
-    """`[B, n]`: which of the places lie in each image's stretch."""
-    return (places >= first[:, None]) & (places < (first + length)[:, None])
-
-
 def rectangles(size: Grid, most: float, align: int = 1, share: float = 0.3, rng: Any = np.random) -> Tensor:
     """Pixels `[H, W]` under rectangles until U(min(½, `most`), `most`) of them are (Atito et al., "GMML", 2022).
 
@@ -119,25 +82,6 @@ def rectangles(size: Grid, most: float, align: int = 1, share: float = 0.3, rng:
         wide = round(min(rng.randint(align, most_w), w - left) / align) * align
         mask[top : top + tall, left : left + wide] = True
     return torch.from_numpy(mask)
-
-
-def many_rectangles(size: Grid, most: Tensor, align: int = 1, share: float = 0.3, device: Any = "cpu") -> Tensor:
-    """`rectangles` for many images at once, `[B, H, W]` on `device`, of `most [B]`."""
-    (h, w), (most_h, most_w) = size, _sides(size, float(most.max()), align, share)
-    low = most.clamp(max=0.5)
-    wanted = ((low + torch.rand(len(most)) * (most - low)) * h * w).to(device)
-    mask = torch.zeros(len(most), h, w, dtype=torch.bool, device=device)
-    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
-    while (mask.flatten(1).sum(1) < wanted).any():
-        for draw in torch.rand(8, 4, len(most)).to(device):  # several between two looks at what is left
-            top, left = (((d * (n - align)) // align).floor() * align for d, n in zip(draw[:2], size, strict=True))
-            tall, wide = (
-                (torch.minimum(align + (d * (m - align)).floor(), n - first) / align).round() * align
-                for d, m, n, first in zip(draw[2:], (most_h, most_w), size, (top, left), strict=True)
-            )
-            drawn = _within(rows, top, tall)[:, :, None] & _within(columns, left, wide)[:, None]
-            mask |= drawn & (mask.flatten(1).sum(1) < wanted)[:, None, None]
-    return mask
 
 
 def _sides(size: Grid, most: float, align: int, share: float) -> Grid:

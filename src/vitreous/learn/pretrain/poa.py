@@ -18,7 +18,7 @@ from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .dino import DINOHead, cross_entropy, follow, koleo, rising, sinkhorn, twin, warm
 from .elastic import networks, plain, shrunk, sliced
 from .encode import at_size, called_with, hiding, shape
-from .masks import many_blocks
+from .masks import blocks
 from .views import multi_crop
 
 _TEMPLATES: WeakKeyDictionary[nn.Module, dict[tuple[int, int], VisionTransformer]] = WeakKeyDictionary()
@@ -120,9 +120,10 @@ class POA(Objective):
 
     def draw(self, grid: tuple[int, int], images: int) -> Tensor:
         """`[images, N]`: half of them hide 10 to 50 % in rectangles, the others nothing."""
-        wanted = (torch.empty(images).uniform_(0.1, 0.5) * grid[0] * grid[1]).round().long()
-        wanted[torch.randperm(images)[: (images + 1) // 2]] = 0
-        return many_blocks(grid, wanted, (wanted // 2).clamp(1, 4)).flatten(1)
+        n = grid[0] * grid[1]
+        wanted = [round(random.uniform(0.1, 0.5) * n) if i % 2 else 0 for i in range(images)]
+        masks = [blocks(grid, count, min(4, max(1, count // 2))).flatten() for count in wanted]
+        return torch.stack([masks[i] for i in torch.randperm(images)])
 
     def __call__(self, seen: Seen, batch: Batch, now: Now) -> dict[str, Tensor]:
         parts: Any = now.parts

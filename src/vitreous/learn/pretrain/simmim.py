@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import VitreousError
 from ..objective import Batch, Now, Objective, Seen, objective, positive, share
 from .encode import hiding, patch_tokens, shape
-from .masks import many_aligned
+from .masks import aligned
 
 
 class PixelDecoder(nn.Module):
@@ -79,7 +79,7 @@ class SimMIM(Objective):
             cell = side if any(n * side % cell for n in s.grid) else cell
         if cell % side:
             raise VitreousError(f"SimMIM: squares of {cell} pixels are no multiple of the patch, {side} pixels")
-        return many_aligned(images, s.grid, cell // side, self.mask)
+        return torch.stack([aligned(s.grid, cell // side, self.mask) for _ in range(images)])
 
     def predict(self, model: nn.Module, parts: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
         """The picture `[B, C, H, W]` as it is answered, of those under a mask `[B, h, w]`."""
